@@ -1,0 +1,1 @@
+"""Converters from PyTorch modules to the files of a bundle."""

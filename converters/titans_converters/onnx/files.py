@@ -1,0 +1,65 @@
+"""ONNX models to files that share one weights file."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from titans_runtime.files import write_atomically
+
+WEIGHTS_FILE = "weights.bin"
+_INLINE_BYTES = 1024  # smaller tensors are scalars and shapes, which graph optimizers must see
+_ALIGNMENT = 4096  # a page: lets a runtime map the file
+
+
+def write_models(models: Mapping[str, ir.Model], folder: Path) -> list[str]:
+    """Write ``<name>.onnx`` for every model and one ``weights.bin`` for all of them.
+
+    Equal tensors are stored once, whichever graphs they belong to.
+
+    Returns:
+        Names of the files written.
+    """
+    weights = _Weights()
+    protos = {f"{name}.onnx": _externalise(model, weights) for name, model in models.items()}
+    write_atomically(folder / WEIGHTS_FILE, bytes(weights.content))
+    for file, proto in protos.items():
+        write_atomically(folder / file, proto.SerializeToString(deterministic=True))
+        onnx.checker.check_model(str(folder / file))
+    return [WEIGHTS_FILE, *protos]
+
+
+class _Weights:
+    """The growing weights file, and where each tensor stands in it."""
+
+    def __init__(self) -> None:
+        self.content = bytearray()
+        self._offsets: dict[bytes, int] = {}
+
+    def add(self, data: bytes) -> int:
+        digest = hashlib.sha256(data).digest()
+        if digest not in self._offsets:
+            self.content += bytes(-len(self.content) % _ALIGNMENT)
+            self._offsets[digest] = len(self.content)
+            self.content += data
+        return self._offsets[digest]
+
+
+def _externalise(model: ir.Model, weights: _Weights) -> onnx.ModelProto:
+    proto: onnx.ModelProto = ir.to_proto(model)
+    for initializer in proto.graph.initializer:
+        data = onnx.numpy_helper.to_array(initializer).tobytes()
+        if len(data) < _INLINE_BYTES:
+            continue
+        offset = weights.add(data)
+        initializer.ClearField("raw_data")
+        initializer.ClearField("float_data")
+        initializer.ClearField("int64_data")
+        initializer.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in (("location", WEIGHTS_FILE), ("offset", str(offset)), ("length", str(len(data)))):
+            initializer.external_data.add(key=key, value=value)
+    return proto

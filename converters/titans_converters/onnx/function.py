@@ -1,0 +1,292 @@
+"""The body of ``titans::NeuralMemory`` as a model-local ONNX function.
+
+Stock ONNX Runtime inlines the function; TensorRT replaces the node by a plugin of the same name.
+``docs/mathematics.md`` derives both branches. Names below are its symbols; ``N`` tiles of ``C``
+tokens, and ``p'`` is written ``p_before``.
+"""
+
+from __future__ import annotations
+
+import onnx
+import onnx.parser
+
+from titans_converters.memory_op import ATTRIBUTES, DOMAIN, INPUTS, NAME, OUTPUTS
+
+OPSET = 23
+"""Of every graph, and of the body: the checker wants both to be the same."""
+
+# A gate of 0 has the log -inf; in a product with a mask, -inf times 0 would be NaN. The exponential
+# of this floor is 0 in float32 just the same.
+_LOG_FLOOR = -1.0e4
+
+_ONE_TOKEN = """
+    a_bht = Exp(log_retention)
+    eta_bht = Exp(log_momentum)
+    one_axis = Constant<value_ints = [-1]>()
+    a = Unsqueeze(a_bht, one_axis)
+    eta = Unsqueeze(eta_bht, one_axis)
+    theta = Unsqueeze(step, one_axis)
+    edit_axes = Constant<value_ints = [1, 2, 3]>()
+    strength = Unsqueeze(edit, edit_axes)
+    seen = MatMul(key, past_memory)
+    edited = Mul(strength, seen)
+    error = Sub(value, edited)
+    scaled_key = Mul(theta, key)
+    key_column = Transpose<perm = [0, 1, 3, 2]>(scaled_key)
+    write = Mul(key_column, error)
+    decayed = Mul(eta, past_momentum)
+    one_momentum = Add(decayed, write)
+    retained = Mul(a, past_memory)
+    one_memory = Add(retained, one_momentum)
+    one_output = MatMul(query, one_memory)
+"""
+
+_TILES = """
+    # --- shapes: pad T to N tiles of C, tiles first: (N, B, H, C, D)
+    c = Constant<value_ints = [{tile}]>()
+    key_shape = Shape(key)
+    value_shape = Shape(value)
+    bh = Slice(key_shape, i0, i2)
+    tokens_1 = Slice(key_shape, i2, i3)
+    dk = Slice(key_shape, i3, i4)
+    dv = Slice(value_shape, i3, i4)
+    above = Add(tokens_1, c)
+    above_1 = Sub(above, i1)
+    tiles = Div(above_1, c)
+    padded = Mul(tiles, c)
+    missing = Sub(padded, tokens_1)
+    pads4 = Concat<axis = 0>(i0, i0, i0, i0, i0, i0, missing, i0)
+    pads3 = Concat<axis = 0>(i0, i0, i0, i0, i0, missing)
+    shape_k = Concat<axis = 0>(bh, tiles, c, dk)
+    shape_v = Concat<axis = 0>(bh, tiles, c, dv)
+    shape_g = Concat<axis = 0>(bh, tiles, c, i1)
+    q_padded = Pad(query, pads4)
+    k_padded = Pad(key, pads4)
+    v_padded = Pad(value, pads4)
+    q_tiles = Reshape(q_padded, shape_k)
+    k_tiles = Reshape(k_padded, shape_k)
+    v_tiles = Reshape(v_padded, shape_v)
+    q = Transpose<perm = [2, 0, 1, 3, 4]>(q_tiles)
+    k = Transpose<perm = [2, 0, 1, 3, 4]>(k_tiles)
+    v = Transpose<perm = [2, 0, 1, 3, 4]>(v_tiles)
+    floor = Constant<value_float = {floor}>()
+    la_floored = Max(log_retention, floor)
+    le_floored = Max(log_momentum, floor)
+    la_padded = Pad(la_floored, pads3)
+    le_padded = Pad(le_floored, pads3)
+    theta_padded = Pad(step, pads3)
+    la_tiles = Reshape(la_padded, shape_g)
+    le_tiles = Reshape(le_padded, shape_g)
+    theta_tiles = Reshape(theta_padded, shape_g)
+    la = Transpose<perm = [2, 0, 1, 3, 4]>(la_tiles)
+    le = Transpose<perm = [2, 0, 1, 3, 4]>(le_tiles)
+    theta = Transpose<perm = [2, 0, 1, 3, 4]>(theta_tiles)
+    edit_axes = Constant<value_ints = [1, 2, 3]>()
+    strength = Unsqueeze(edit, edit_axes)
+
+    # --- segment sums as products with masks. Column 0 stands for the state before the tile,
+    #     column s + 1 for write s: G[t, s+1] = prod of gates s+1..t, G[t, 0] = prod of gates 0..t.
+    rows = Constant<value_ints = [{indices}]>()
+    columns = Constant<value_ints = [{columns}]>()
+    row = Unsqueeze(rows, i1)
+    column = Unsqueeze(columns, i0)
+    f0 = Constant<value_float = 0.0>()
+    f1 = Constant<value_float = 1.0>()
+    minus_infinity = Constant<value_float = -inf>()
+    after = Sub(column, i1)
+    at_or_before = GreaterOrEqual(row, after)
+    reachable = Where(at_or_before, f0, minus_infinity)
+    row_t = Unsqueeze(rows, i0)
+    sums_to = GreaterOrEqual(row, row_t)
+    running_sum = Where(sums_to, f1, f0)
+    is_after = Greater(row, after)
+    counted = Where(is_after, f1, f0)
+    la_spread = Mul(la, counted)
+    le_spread = Mul(le, counted)
+    la_sums = MatMul(running_sum, la_spread)
+    le_sums = MatMul(running_sum, le_spread)
+    la_masked = Add(la_sums, reachable)
+    le_masked = Add(le_sums, reachable)
+    p_and_a = Exp(la_masked)
+    c_and_e = Exp(le_masked)
+    p = Slice(p_and_a, i0, i1, i4)
+    big_a = Slice(p_and_a, i1, last, i4)
+    r_and_w = MatMul(big_a, c_and_e)
+    r = Slice(r_and_w, i0, i1, i4)
+    w = Slice(r_and_w, i1, last, i4)
+
+    # --- the same one row earlier: for M_(t-1)
+    pad_row = Constant<value_ints = [0, 0, 0, 1, 0, 0, 0, 0, -1, 0]>()
+    p_before = Pad(p, pad_row, f1)
+    rw_before = Pad(r_and_w, pad_row)
+    r_before = Slice(rw_before, i0, i1, i4)
+    w_before = Slice(rw_before, i1, last, i4)
+
+    # --- N, and its inverse by doubling blocks
+    k_t = Transpose<perm = [0, 1, 2, 4, 3]>(k)
+    kk = MatMul(k, k_t)
+    qk = MatMul(q, k_t)
+    attention = Mul(w, qk)
+    rate = Mul(strength, theta)
+    kk_weighted = Mul(w_before, kk)
+    n = Mul(rate, kk_weighted)
+{inverse}
+    # --- what does not need the memory: U = own - seen [M; S], Y = asked [M; S] + attention U
+    theta_v = Mul(theta, v)
+    own = MatMul(inverse, theta_v)
+    rate_p = Mul(rate, p_before)
+    rate_r = Mul(rate, r_before)
+    k_for_m = Mul(rate_p, k)
+    k_for_s = Mul(rate_r, k)
+    k_for_state = Concat<axis = 4>(k_for_m, k_for_s)
+    seen = MatMul(inverse, k_for_state)
+    q_for_m = Mul(p, q)
+    q_for_s = Mul(r, q)
+    asked = Concat<axis = 4>(q_for_m, q_for_s)
+    seen_and_asked = Concat<axis = 3>(seen, asked)
+
+    # --- weights of the state's step, at the row of each tile's last token
+    last_tokens = Sub(tokens_1, i1)
+    last_in_tile = Mod(last_tokens, c)
+    full_row = Sub(c, i1)
+    tile_range_end = Squeeze(tiles)
+    zero = Squeeze(i0)
+    one = Squeeze(i1)
+    tile_index = Range(zero, tile_range_end, one)
+    last_tile = Sub(tiles, i1)
+    is_last_tile = Equal(tile_index, last_tile)
+    end_row = Where(is_last_tile, last_in_tile, full_row)
+    end_axes = Constant<value_ints = [1, 2, 3, 4]>()
+    end_row_5 = Unsqueeze(end_row, end_axes)
+    is_end_row = Equal(end_row_5, rows)
+    end_one_hot = Where(is_end_row, f1, f0)
+    end_p = MatMul(end_one_hot, p)
+    end_r_and_w = MatMul(end_one_hot, r_and_w)
+    end_c_and_e = MatMul(end_one_hot, c_and_e)
+    end_r = Slice(end_r_and_w, i0, i1, i4)
+    end_w = Slice(end_r_and_w, i1, last, i4)
+    end_c = Slice(end_c_and_e, i0, i1, i4)
+    end_e = Slice(end_c_and_e, i1, last, i4)
+    k_to_m = Mul(k_t, end_w)
+    k_to_s = Mul(k_t, end_e)
+    attention_and_writes = Concat<axis = 3>(attention, k_to_m, k_to_s)
+    row_splits = Concat<axis = 0>(c, dk, dk)
+
+    # --- the recurrence: only what depends on the memory
+    tile_memory, tile_momentum, y = Scan<
+        num_scan_inputs = 6,
+        body = step_of_tile (float[b, h, x, v] m, float[b, h, x, v] s, float[b, h, x2, d2] sa,
+                             float[b, h, z, x3] aw, float[b, h, x4, v] o,
+                             float[b, h, y1, y1] ep, float[b, h, y1, y1] er, float[b, h, y1, y1] ec)
+          => (float[b, h, x, v] m_next, float[b, h, x, v] s_next, float[b, h, x4, v] y_tile) {{
+            state = Concat<axis = 2>(m, s)
+            reads = MatMul(sa, state)
+            read_k, read_q = Split<axis = 2, num_outputs = 2>(reads)
+            u = Sub(o, read_k)
+            products = MatMul(aw, u)
+            y_u, m_u, s_u = Split<axis = 2>(products, row_splits)
+            y_tile = Add(read_q, y_u)
+            m_kept = Mul(ep, m)
+            s_into_m = Mul(er, s)
+            m_moved = Add(m_kept, s_into_m)
+            m_next = Add(m_moved, m_u)
+            s_kept = Mul(ec, s)
+            s_next = Add(s_kept, s_u)
+        }}
+    >(past_memory, past_momentum, seen_and_asked, attention_and_writes, own, end_p, end_r, end_c)
+    y_heads = Transpose<perm = [1, 2, 0, 3, 4]>(y)
+    shape_y = Concat<axis = 0>(bh, padded, dv)
+    y_padded = Reshape(y_heads, shape_y)
+    tile_output = Slice(y_padded, i0, tokens_1, i2)
+"""
+
+_INDEX_CONSTANTS = """
+    i0 = Constant<value_ints = [0]>()
+    i1 = Constant<value_ints = [1]>()
+    i2 = Constant<value_ints = [2]>()
+    i3 = Constant<value_ints = [3]>()
+    i4 = Constant<value_ints = [4]>()
+    last = Constant<value_ints = [9223372036854775807]>()
+"""
+
+_FUNCTION = """
+<domain: "{domain}", opset_import: ["": {opset}]>
+{name} <{attributes}> ({inputs}) => ({outputs}) {{
+    axis_t = Constant<value_ints = [2]>()
+    axis_end = Constant<value_ints = [3]>()
+    unit = Constant<value_ints = [1]>()
+    shape = Shape(query)
+    tokens = Slice(shape, axis_t, axis_end)
+    single = Equal(tokens, unit)
+    is_single = Squeeze(single)
+    {outputs} = If (is_single) <
+        then_branch = one_token () => (float[b, h, t, v] one_output, float[b, h, d, v] one_memory,
+                                       float[b, h, d, v] one_momentum) {{{one_token}}},
+        else_branch = tiles () => (float[b, h, t, v] tile_output, float[b, h, d, v] tile_memory,
+                                   float[b, h, d, v] tile_momentum) {{{tiles}}}
+    >
+}}
+"""
+
+
+def neural_memory_function(tile: int) -> onnx.FunctionProto:
+    """The operator's body for tiles of ``tile`` tokens; one token takes a path of its own.
+
+    Any ``B``, ``H``, ``T ≥ 1``, ``Dk``, ``Dv`` and any ``λ`` per row. The attribute ``tile`` is
+    declared for readers of the graph; this body is built for its value.
+    """
+    tiles = _TILES.format(
+        tile=tile,
+        floor=_LOG_FLOOR,
+        indices=", ".join(str(i) for i in range(tile)),
+        columns=", ".join(str(i) for i in range(tile + 1)),
+        inverse=_inverse_by_doubling(tile),
+    )
+    text = _FUNCTION.format(
+        domain=DOMAIN,
+        opset=OPSET,
+        name=NAME,
+        attributes=", ".join(ATTRIBUTES),
+        inputs=", ".join(INPUTS),
+        outputs=", ".join(OUTPUTS),
+        one_token=_ONE_TOKEN,
+        tiles=_without_comments(_INDEX_CONSTANTS + tiles),
+    )
+    return onnx.parser.parse_function(text)
+
+
+def _inverse_by_doubling(tile: int) -> str:
+    """``X ← X - X (N ∘ mask_s) X`` for ``s = 1, 2, 4, … < C``; the first step, with ``X = I``, needs no product."""
+    lines = ["i_identity = Equal(row, row_t)", "inverse_1 = Where(i_identity, f1, f0)"]
+    size, name = 1, "inverse_1"
+    while size < tile:
+        s, following = f"_{size}", f"inverse_{2 * size}"
+        lines += [
+            f"half{s} = Constant<value_ints = [{size}]>()",
+            f"block{s} = Constant<value_ints = [{2 * size}]>()",
+            f"row_block{s} = Div(row, block{s})",
+            f"column_block{s} = Div(row_t, block{s})",
+            f"same_block{s} = Equal(row_block{s}, column_block{s})",
+            f"row_half{s} = Div(row, half{s})",
+            f"column_half{s} = Div(row_t, half{s})",
+            f"row_below{s} = Greater(row_half{s}, column_half{s})",
+            f"in_mask{s} = And(same_block{s}, row_below{s})",
+            f"mask{s} = Where(in_mask{s}, f1, f0)",
+            f"corner{s} = Mul(n, mask{s})",
+        ]
+        if size == 1:
+            lines.append(f"{following} = Sub({name}, corner{s})")
+        else:
+            lines += [
+                f"left{s} = MatMul({name}, corner{s})",
+                f"change{s} = MatMul(left{s}, {name})",
+                f"{following} = Sub({name}, change{s})",
+            ]
+        size, name = 2 * size, following
+    lines.append(f"inverse = Identity({name})")
+    return "".join(f"    {line}\n" for line in lines)
+
+
+def _without_comments(text: str) -> str:
+    kept = (line for line in text.splitlines() if not line.lstrip().startswith("#"))
+    return "\n".join(line for line in kept if not line.lstrip().startswith("column s"))

@@ -1,0 +1,136 @@
+"""A program to an ONNX model, with the memory rule as one node a layer."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from titans_converters import memory_op
+from titans_converters.onnx.function import OPSET, neural_memory_function
+from titans_converters.program import Program
+
+
+def memory_node(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_retention: Tensor,
+    log_momentum: Tensor,
+    step: Tensor,
+    edit: Tensor,
+    past_memory: Tensor,
+    past_momentum: Tensor,
+    *,
+    tile: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Stands for the memory rule while a model is traced: leaves one ``titans::NeuralMemory`` node."""
+    output, memory, momentum = torch.onnx.ops.symbolic_multi_out(
+        f"{memory_op.DOMAIN}::{memory_op.NAME}",
+        (
+            query,
+            key,
+            value,
+            log_retention,
+            log_momentum,
+            step,
+            edit,
+            past_memory,
+            past_momentum,
+        ),
+        memory_op.node_attributes(tile),
+        dtypes=(query.dtype, past_memory.dtype, past_momentum.dtype),
+        shapes=((*query.shape[:-1], past_memory.shape[-1]), past_memory.shape, past_momentum.shape),
+        version=memory_op.VERSION,
+    )
+    return output, memory, momentum
+
+
+def trace(program: Program) -> ir.Model:
+    """Trace ``program`` with free axes, name its tensors, and give its memory nodes their body.
+
+    Raises:
+        ValueError: a free axis was fixed by the module's code; the message names the output.
+    """
+    axes = {
+        name: torch.export.Dim(name, min=1)
+        for shape in program.input_axes.values()
+        for name in shape
+        if isinstance(name, str)
+    }
+    dynamic_shapes = tuple(
+        {index: axes[axis] for index, axis in enumerate(shape) if isinstance(axis, str)}
+        for shape in program.input_axes.values()
+    )
+    with _quiet():
+        exported = torch.onnx.export(
+            program.module,
+            tuple(program.inputs.values()),
+            dynamo=True,
+            dynamic_shapes=(dynamic_shapes,) if _is_variadic(program) else dynamic_shapes,
+            input_names=list(program.inputs),
+            output_names=list(program.output_axes),
+            opset_version=OPSET,
+            optimize=True,
+            verbose=False,
+        )
+    if exported is None:
+        raise ValueError(f"program {program.name}: torch.onnx.export returned nothing")
+    model = exported.model
+    model.graph.name = program.name
+    _state_axes(model, program)
+    _add_memory_function(model)
+    return model
+
+
+def to_proto(model: ir.Model) -> onnx.ModelProto:
+    """The model as a protocol buffer."""
+    proto: onnx.ModelProto = ir.to_proto(model)
+    return proto
+
+
+def _is_variadic(program: Program) -> bool:
+    """Whether ``forward`` takes ``*tensors``: then the shapes are nested once more."""
+    return program.module.forward.__code__.co_argcount == 1
+
+
+def _state_axes(model: ir.Model, program: Program) -> None:
+    """Write the program's axis names into the graph, and refuse an axis that tracing has fixed."""
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        axes = (program.input_axes | program.output_axes)[str(value.name)]
+        for index, axis in enumerate(axes):
+            traced = value.shape[index] if value.shape is not None else None
+            if isinstance(axis, str) and isinstance(traced, int):
+                raise ValueError(f"program {program.name}: {value.name} has its axis {axis} fixed at {traced}")
+        value.shape = ir.Shape(axes)
+
+
+def _add_memory_function(model: ir.Model) -> None:
+    nodes = [node for node in model.graph if node.domain == memory_op.DOMAIN]
+    tiles = {node.attributes["tile"].as_int() for node in nodes}
+    if len(tiles) > 1:
+        raise ValueError(f"memory nodes with different tiles {sorted(tiles)}; one body serves them all")
+    for tile in tiles:
+        function = ir.serde.deserialize_function(neural_memory_function(tile))
+        model.functions[function.identifier()] = function
+        model.opset_imports[memory_op.DOMAIN] = memory_op.VERSION
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the tracer's progress notes and deprecations from the user, who can do nothing about them."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,1 @@
+"""Titans models in PyTorch: the reference, its training, and its export."""

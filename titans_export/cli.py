@@ -1,0 +1,151 @@
+"""The commands that need PyTorch: train, init, export, demo. ``titans`` finds them by entry point."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from titans_runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+# torch is imported by the handlers, not here: `titans --help` must answer at once.
+
+_PRESETS = ("nano", "base", "wide", "tiny")
+
+
+def register(subparsers: Subparsers) -> None:
+    """Add this package's commands to the ``titans`` command line."""
+    _add_train(subparsers)
+    _add_init(subparsers)
+    _add_export(subparsers)
+    _add_demo(subparsers)
+
+
+def _add_train(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser("train", help="train a model on text; resumes where it was killed")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="files or folders; 'stdlib' is the standard library's sources",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="CHECKPOINT")
+    parser.add_argument("--preset", choices=_PRESETS, default="nano")
+    parser.add_argument(
+        "--edit", type=float, default=0.0, help="edit strength while training, 0..1 (default 0)"
+    )
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--segment", type=int, default=512, help="bytes per row and step")
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--save-every", type=int, default=100, help="steps between resumable states")
+    parser.add_argument("--validate-every", type=int, default=500)
+    parser.add_argument("--compile", action="store_true", help="use torch.compile (needs a C++ compiler)")
+    parser.add_argument("--float32", action="store_true", help="no bfloat16 products")
+    parser.set_defaults(handler=_train)
+
+
+def _train(args: argparse.Namespace) -> int:
+    for name in ("steps", "batch", "segment", "save_every", "validate_every"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
+    if not 0 <= args.edit <= 1:
+        raise UsageError(f"--edit {args.edit}: must lie between 0 and 1")
+    import torch
+
+    from titans_export.config import PRESETS
+    from titans_export.training.data import load_corpus
+    from titans_export.training.loop import TrainingConfig, train
+    from titans_runtime.progress import progress_bar
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    config = TrainingConfig(
+        edit=args.edit,
+        steps=args.steps,
+        batch=args.batch,
+        segment=args.segment,
+        learning_rate=args.learning_rate,
+        seed=args.seed,
+        save_every=args.save_every,
+        validate_every=args.validate_every,
+        mixed_precision=not args.float32,
+        compiled=args.compile,
+    )
+    train(
+        PRESETS[args.preset],
+        config,
+        load_corpus(args.data),
+        args.out,
+        command=shlex.join(["titans", *sys.argv[1:]]),
+        progress=lambda steps: progress_bar(steps, description="training", unit="step"),
+        report=_note,
+    )
+    print(args.out)
+    return 0
+
+
+def _add_init(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser("init", help="write a checkpoint with random weights, for latency work")
+    parser.add_argument("--preset", choices=_PRESETS, default="base")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True, metavar="CHECKPOINT")
+    parser.set_defaults(handler=_init)
+
+
+def _init(args: argparse.Namespace) -> int:
+    import torch
+
+    from titans_export.config import PRESETS
+    from titans_export.model import TitansModel
+    from titans_export.training.checkpoint import save_checkpoint
+
+    torch.manual_seed(args.seed)
+    save_checkpoint(TitansModel(PRESETS[args.preset]), args.out)
+    print(args.out)
+    return 0
+
+
+def _add_export(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser("export", help="turn a checkpoint into a verified bundle")
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE")
+    parser.set_defaults(handler=_export)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from titans_export.pipeline import export_bundle
+
+    result = export_bundle(args.checkpoint, args.out, report=_note)
+    print("\n".join(result.lines()))
+    print(args.out)
+    return 0
+
+
+def _add_demo(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "demo", help="export the shipped model and watch it learn, in a process without PyTorch"
+    )
+    parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/nano"))
+    parser.add_argument("--log", type=Path, default=Path("benchmarks/data/dpkg.log"), metavar="FILE")
+    parser.add_argument("--out", type=Path, default=Path("out/demo"), metavar="FOLDER")
+    parser.set_defaults(handler=_demo)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from titans_export.demo import run_demo
+
+    run_demo(args.checkpoint, args.log, args.out)
+    return 0
+
+
+def _note(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,126 @@
+"""Goldens: inputs and expected outputs that travel inside the bundle.
+
+The expected outputs come from the token loop in float64, not from the form that is exported: a
+mistake in the fast form cannot agree with itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from titans_export.config import ModelConfig
+from titans_export.memory import token_loop
+from titans_export.memory.reference import MemoryOutput
+from titans_export.memory.readout import readout_gradient
+from titans_export.model import State, TitansModel, initial_state
+
+Arrays = dict[str, npt.NDArray[np.generic]]
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One stream, cut into calls.
+
+    Attributes:
+        name: first part of the tensors' names.
+        lengths: tokens of each call.
+        edit: ``(B, layers)``.
+        repeated: one token over and over, which makes all keys of a tile equal.
+    """
+
+    name: str
+    lengths: tuple[int, ...]
+    edit: Tensor
+    repeated: bool = False
+
+
+def make_goldens(model: TitansModel, seed: int = 0) -> Arrays:
+    """Run the reference on a few streams, cut at several places, editing off, on and mixed.
+
+    Returns:
+        Tensors named ``<case>.<graph>.<call>.<input|output>.<tensor>``.
+    """
+    reference = TitansModel(model.config, _token_loop_rule)
+    reference.load_state_dict(model.state_dict())
+    reference = reference.double().eval()
+    generator = torch.Generator().manual_seed(seed)
+    arrays: Arrays = {}
+    for case in _cases(model.config, generator):
+        arrays |= _run_model(reference, case, generator)
+    return arrays | _run_readout_gradient(model.config, generator)
+
+
+def _token_loop_rule(*inputs: Tensor, tile: int) -> MemoryOutput:
+    return token_loop(*inputs)
+
+
+def _cases(config: ModelConfig, generator: torch.Generator) -> list[_Case]:
+    tile, layers = config.tile, config.layers
+    mixed = torch.rand(2, layers, generator=generator)
+    return [
+        _Case("edit_off", (7, 1, 2 * tile + 1, 1), torch.zeros(1, layers)),
+        _Case("edit_on", (tile, 1, tile - 1, 2), torch.ones(1, layers)),
+        _Case("mixed_batch", (3, 1, tile + 2), mixed),
+        _Case("repeated_token", (2 * tile, 1), torch.ones(1, layers), repeated=True),
+    ]
+
+
+@torch.no_grad()
+def _run_model(model: TitansModel, case: _Case, generator: torch.Generator) -> Arrays:
+    config, batch = model.config, len(case.edit)
+    state = initial_state(config, batch, torch.float64)
+    readout = 0.1 * torch.randn(state["readout"].shape, generator=generator)
+    state["readout"] = readout.double()
+    arrays: Arrays = {f"{case.name}.model.0.input.past.readout": readout.numpy()}
+    for call, length in enumerate(case.lengths):
+        ids = torch.randint(config.vocab_size, (batch, length), generator=generator)
+        if case.repeated:
+            ids = torch.full_like(ids, config.vocab_size // 2)
+        output = model(ids, case.edit.double(), state)
+        prefix = f"{case.name}.model.{call}"
+        arrays[f"{prefix}.input.input_ids"] = ids.numpy()
+        arrays[f"{prefix}.input.edit"] = case.edit.numpy()
+        arrays[f"{prefix}.output.logits"] = _single(output.logits)
+        if call == 0:
+            arrays[f"{prefix}.output.readout_key"] = _single(output.readout_key)
+        if call == len(case.lengths) - 1:
+            arrays |= _present(prefix, output.state)
+        state |= output.state
+    return arrays
+
+
+def _present(prefix: str, state: State) -> Arrays:
+    return {f"{prefix}.output.present.{name}": _single(tensor) for name, tensor in state.items()}
+
+
+def _run_readout_gradient(config: ModelConfig, generator: torch.Generator) -> Arrays:
+    """The gradient by autograd of the stated loss, on a ragged batch: one target is unknown."""
+    batch, tokens, vocab = 2, 4, config.vocab_size
+    targets = torch.randint(vocab, (batch, tokens), generator=generator)
+    targets[0, -1] = -1
+    key = torch.randn(batch, tokens, config.readout_key_dim, generator=generator)
+    base = torch.randn(batch, tokens, vocab, generator=generator)
+    readout = 0.1 * torch.randn(batch, config.readout_key_dim, vocab, generator=generator)
+    variable = readout.double().requires_grad_()
+    logits, loss, _ = readout_gradient(targets, variable, key.double(), base.double())
+    (gradient,) = torch.autograd.grad(loss.sum(), variable)
+    return {
+        "readout.gradient.readout.0.input.input_ids": targets.numpy(),
+        "readout.gradient.readout.0.input.past.readout": readout.numpy(),
+        "readout.gradient.readout.0.input.readout_key": key.numpy(),
+        "readout.gradient.readout.0.input.base_logits": base.numpy(),
+        "readout.gradient.readout.0.output.logits": _single(logits),
+        "readout.gradient.readout.0.output.loss": _single(loss),
+        "readout.gradient.readout.0.output.grad.readout": _single(gradient),
+    }
+
+
+def _single(tensor: Tensor) -> npt.NDArray[np.generic]:
+    tensor = tensor.detach()
+    array: npt.NDArray[np.generic] = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    return array

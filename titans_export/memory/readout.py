@@ -1,0 +1,97 @@
+"""The readout memory: a linear memory on the logits, edited by the prediction loss.
+
+``R (Dr, vocab)`` starts at zero and adds ``R_tᵀ k_t`` to the logits. Once the next token is known,
+the gradient of its cross-entropy is ``∂CE/∂R = k_t (softmax(logits_t) - onehot(x_{t+1}))ᵀ``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from titans_export.config import ModelConfig
+from titans_export.layers import l2_normalise
+
+_HASH_PRIME = 1_000_003
+_HASH_BASE = 40_503
+
+
+class ReadoutKey(nn.Module):
+    """The key of the readout memory: whitened features beside hashed contexts.
+
+    The hidden part is ``Σ^{-1/2} (h - μ)``, scaled to length 1, with ``μ`` and ``Σ`` of the features
+    on training text: a gradient step in these coordinates is a natural-gradient step. The context
+    parts are one-hot rows that name the last few tokens, so that what followed them can be stored
+    exactly.
+    """
+
+    mean: Tensor
+    whitening: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Begin with the identity as whitening; training measures ``μ`` and ``Σ`` when it ends."""
+        super().__init__()
+        self.contexts = config.readout_contexts
+        self.buckets = config.readout_buckets
+        self.scale = config.readout_context_scale
+        self.tail = config.context_tail
+        self.register_buffer("mean", torch.zeros(config.d_model))
+        self.register_buffer("whitening", torch.eye(config.d_model))
+
+    def forward(self, features: Tensor, input_ids: Tensor, past_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Key of every position, and the tokens that the next call's contexts reach back to.
+
+        Args:
+            features: ``(B, T, d_model)``, what the head reads.
+            input_ids: ``(B, T)`` int64.
+            past_ids: ``(B, tail)`` int64, the tokens before.
+
+        Returns:
+            ``key (B, T, Dr)`` and ``present_ids (B, tail)``.
+        """
+        hidden = l2_normalise((features - self.mean) @ self.whitening)
+        window = torch.cat([past_ids, input_ids], dim=1)
+        tokens = input_ids.shape[1]
+        parts = [hidden]
+        bucket_ids = torch.arange(self.buckets, device=input_ids.device)
+        for length in self.contexts:
+            bucket = self._hash(window, tokens, length)
+            parts.append(self.scale * (bucket[..., None] == bucket_ids).to(features.dtype))
+        return torch.cat(parts, dim=-1), window[:, tokens:]
+
+    def _hash(self, window: Tensor, tokens: int, length: int) -> Tensor:
+        """Bucket of the last ``length`` tokens at every position: ``(B, T)`` int64."""
+        start = self.tail - (length - 1)
+        code = window[:, start : start + tokens] + 1
+        for offset in range(1, length):
+            token = window[:, start + offset : start + offset + tokens] + 1
+            code = (code * _HASH_BASE + token) % _HASH_PRIME
+        return code % self.buckets
+
+
+def readout_gradient(
+    target_ids: Tensor, readout: Tensor, key: Tensor, base_logits: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, loss, and the gradient of the summed loss with respect to the readout memory.
+
+    The memory is held at ``readout`` for all ``T`` positions (gradient period ``T``).
+
+    Args:
+        target_ids: ``(B, T)`` int64, the token that followed each position; negative where it is
+            not known yet: such a position is scored and teaches nothing.
+        readout: ``(B, Dr, V)``.
+        key: ``(B, T, Dr)``.
+        base_logits: ``(B, T, V)``, logits without the readout's part.
+
+    Returns:
+        ``logits (B, T, V)``, ``loss (B, T)`` in nats (0 where the target is unknown) and
+        ``grad (B, Dr, V)``.
+    """
+    logits = base_logits + key @ readout
+    vocab = torch.arange(logits.shape[-1], device=logits.device)
+    known = (target_ids >= 0).to(logits.dtype)
+    one_hot = (target_ids[..., None] == vocab).to(logits.dtype)
+    log_probability = logits.log_softmax(-1)
+    loss = -(log_probability * one_hot).sum(-1)
+    error = (log_probability.exp() - one_hot) * known[..., None]
+    return logits, loss, key.transpose(-1, -2) @ error

@@ -1,0 +1,154 @@
+"""Checkpoint to bundle: the main job, read top to bottom."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors.numpy import save as save_arrays
+
+from titans_converters.onnx.files import write_models
+from titans_converters.onnx.function import OPSET
+from titans_converters.onnx.trace import memory_node, trace
+from titans_converters.program import Axes, Program
+from titans_export.goldens import make_goldens
+from titans_export.model import TitansModel, state_schema
+from titans_export.programs import model_program, readout_gradient_program, state_axes
+from titans_export.training.checkpoint import load_checkpoint
+from titans_runtime import bundle as bundles
+from titans_runtime.errors import DataError, UsageError
+from titans_runtime.files import write_atomically
+from titans_runtime.verify import VerificationReport, verify
+
+GOLDENS_FILE = "goldens.safetensors"
+EDITING_FILE = "editing.json"
+_TOLERANCE = 1e-4
+_IR_VERSION = 10
+_LEAST_ONNXRUNTIME = "1.23"  # the first whose kernels cover opset 23
+
+Report = Callable[[str], None]
+
+
+def export_bundle(
+    checkpoint: Path, bundle: Path, report: Report = lambda line: None
+) -> VerificationReport:
+    """Export a checkpoint and verify the result against the PyTorch model's token loop.
+
+    The bundle is built beside ``bundle`` and moved into place once it has been verified.
+
+    Args:
+        checkpoint: folder with ``config.json`` and ``weights.safetensors``.
+        bundle: folder to write. An older bundle there is replaced; anything else is left alone.
+        report: receives one line per step.
+
+    Raises:
+        DataError: the checkpoint is damaged.
+        UsageError: ``bundle`` exists and is no bundle.
+        CheckFailed: the exported graphs do not reproduce the model; nothing is written.
+    """
+    _refuse_foreign_folder(bundle)
+    model = load_checkpoint(checkpoint)
+    bundle.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{bundle.name}.", dir=bundle.parent))
+    try:
+        work.chmod(0o755)
+        report("tracing the model and its gradient")
+        programs = [model_program(model, memory_node), readout_gradient_program(model.config)]
+        files = write_models({program.name: trace(program) for program in programs}, work)
+        report("running the reference for the goldens")
+        write_atomically(work / GOLDENS_FILE, save_arrays(make_goldens(model)))
+        editing = read_editing(checkpoint)
+        bundles.write_manifest(work, _manifest(model, programs, work, [*files, GOLDENS_FILE], editing))
+        report("replaying the goldens in ONNX Runtime")
+        result = verify(work)
+        result.raise_if_failed()
+        _move_into_place(work, bundle)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return result
+
+
+def read_editing(checkpoint: Path) -> dict[str, Any]:
+    """The editing that the checkpoint recommends: ``{"edit", "editor"}``; none where it says nothing.
+
+    Raises:
+        DataError: ``editing.json`` is damaged.
+    """
+    path = checkpoint / EDITING_FILE
+    if not path.exists():
+        return {"edit": 0.0, "editor": None}
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return {"edit": float(content["edit"]), "editor": content["editor"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: expected the fields edit and editor ({error!r})") from None
+
+
+def _manifest(
+    model: TitansModel, programs: list[Program], folder: Path, files: list[str], editing: dict[str, Any]
+) -> bundles.Manifest:
+    config = model.config
+    return bundles.Manifest.create(
+        producer={
+            name: version(name) for name in ("titans-export", "titans-converters", "torch", "onnx", "onnxscript")
+        },
+        requires={"onnxruntime": _LEAST_ONNXRUNTIME, "ir_version": _IR_VERSION, "opset": OPSET},
+        model=config.to_dict(),
+        tokenizer="bytes",
+        vocab_size=config.vocab_size,
+        edit_layers=config.layers,
+        graphs={program.name: _graph(program) for program in programs},
+        state=_state(model),
+        tolerances={"atol": _TOLERANCE, "rtol": _TOLERANCE},
+        recommended=editing,
+        files={name: bundles.file_entry(folder / name) for name in files},
+    )
+
+
+def _graph(program: Program) -> bundles.GraphSpec:
+    def tensors(axes: dict[str, Axes]) -> tuple[bundles.TensorSpec, ...]:
+        return tuple(bundles.TensorSpec(name, _dtype(name), shape) for name, shape in axes.items())
+
+    return bundles.GraphSpec(
+        f"{program.name}.onnx", tensors(program.input_axes), tensors(program.output_axes)
+    )
+
+
+def _dtype(name: str) -> str:
+    return "int64" if name == "input_ids" or name.endswith(".context") else "float32"
+
+
+def _state(model: TitansModel) -> tuple[bundles.StateSpec, ...]:
+    axes = state_axes(model.config)
+    return tuple(
+        bundles.StateSpec(name, _dtype(f"past.{name}"), axes[name], 0.0, _role(name))
+        for name in state_schema(model.config)
+    )
+
+
+def _role(name: str) -> str:
+    last = name.rsplit(".", maxsplit=1)[-1]
+    return {"memory": "memory", "readout": "memory", "momentum": "momentum"}.get(last, "window")
+
+
+def _refuse_foreign_folder(bundle: Path) -> None:
+    if bundle.is_file():
+        raise UsageError(f"--out {bundle}: is a file; give a folder that does not exist yet")
+    if bundle.is_dir() and any(bundle.iterdir()) and not (bundle / bundles.MANIFEST_NAME).exists():
+        raise UsageError(f"--out {bundle}: holds files that are no bundle; give an empty or new folder")
+
+
+def _move_into_place(work: Path, bundle: Path) -> None:
+    """Swap folders by renaming: a reader finds the old bundle or the new one, whole."""
+    if not bundle.exists():
+        work.replace(bundle)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{bundle.name}.old.", dir=bundle.parent)) / bundle.name
+    bundle.replace(old)
+    work.replace(bundle)
+    shutil.rmtree(old.parent)

@@ -1,0 +1,96 @@
+"""The programs of a model: what a converter turns into the graphs of a bundle."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from titans_converters.program import Axes, Program
+from titans_export.config import ModelConfig
+from titans_export.memory.readout import readout_gradient
+from titans_export.model import MemoryRule, TitansModel, initial_state, state_schema
+
+# Example sizes for tracing: unlike each other and unlike any fixed size of a sensible model.
+_BATCH, _TOKENS = 3, 37
+
+
+def model_program(model: TitansModel, memory_rule: MemoryRule) -> Program:
+    """The program ``model``, with ``memory_rule`` in place of the reference one."""
+    config = model.config
+    copy = TitansModel(config, memory_rule)
+    copy.load_state_dict(model.state_dict())
+    state = initial_state(config, _BATCH)
+    axes = state_axes(config)
+    present = {f"present.{name}": shape for name, shape in axes.items() if name != "readout"}
+    return Program(
+        name="model",
+        module=_ModelCall(copy.eval()),
+        inputs={
+            "input_ids": torch.zeros(_BATCH, _TOKENS, dtype=torch.int64),
+            "edit": torch.zeros(_BATCH, config.layers),
+            **{f"past.{name}": tensor for name, tensor in state.items()},
+        },
+        input_axes={
+            "input_ids": ("batch", "tokens"),
+            "edit": ("batch", config.layers),
+            **{f"past.{name}": shape for name, shape in axes.items()},
+        },
+        output_axes={
+            "logits": ("batch", "tokens", config.vocab_size),
+            "readout_key": ("batch", "tokens", config.readout_key_dim),
+            **present,
+        },
+    )
+
+
+def readout_gradient_program(config: ModelConfig) -> Program:
+    """The program ``gradient.readout``."""
+    key, vocab = config.readout_key_dim, config.vocab_size
+    return Program(
+        name="gradient.readout",
+        module=_ReadoutGradient(),
+        inputs={
+            "input_ids": torch.zeros(_BATCH, _TOKENS, dtype=torch.int64),
+            "past.readout": torch.zeros(_BATCH, key, vocab),
+            "readout_key": torch.zeros(_BATCH, _TOKENS, key),
+            "base_logits": torch.zeros(_BATCH, _TOKENS, vocab),
+        },
+        input_axes={
+            "input_ids": ("batch", "tokens"),
+            "past.readout": ("batch", key, vocab),
+            "readout_key": ("batch", "tokens", key),
+            "base_logits": ("batch", "tokens", vocab),
+        },
+        output_axes={
+            "logits": ("batch", "tokens", vocab),
+            "loss": ("batch", "tokens"),
+            "grad.readout": ("batch", key, vocab),
+        },
+    )
+
+
+def state_axes(config: ModelConfig) -> dict[str, Axes]:
+    """Axes of every state entry, the batch first."""
+    return {name: ("batch", *entry.shape) for name, entry in state_schema(config).items()}
+
+
+class _ModelCall(nn.Module):
+    """The model with its state as a flat list of tensors."""
+
+    def __init__(self, model: TitansModel) -> None:
+        super().__init__()
+        self.model = model
+        self.names = list(state_schema(model.config))
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        input_ids, edit, *state = inputs
+        output = self.model(input_ids, edit, dict(zip(self.names, state, strict=True)))
+        present = (output.state[name] for name in self.names if name in output.state)
+        return output.logits, output.readout_key, *present
+
+
+class _ReadoutGradient(nn.Module):
+    def forward(
+        self, input_ids: Tensor, readout: Tensor, key: Tensor, base_logits: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return readout_gradient(input_ids, readout, key, base_logits)

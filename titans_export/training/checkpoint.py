@@ -1,0 +1,67 @@
+"""A checkpoint: ``config.json`` and ``weights.safetensors`` in one folder, each written atomically."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from titans_export.config import ModelConfig
+from titans_export.model import TitansModel
+from titans_runtime.errors import DataError
+from titans_runtime.files import write_atomically
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "weights.safetensors"
+
+
+def save_checkpoint(model: TitansModel, folder: Path) -> None:
+    """Write the model's config and weights to ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / CONFIG_FILE, model.config.to_dict())
+    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    write_atomically(folder / WEIGHTS_FILE, save_tensors(tensors))
+
+
+def load_checkpoint(folder: Path) -> TitansModel:
+    """Read a checkpoint.
+
+    Raises:
+        DataError: a file is missing or damaged, or the weights do not fit the config.
+    """
+    config = ModelConfig.load(folder / CONFIG_FILE)
+    tensors = read_tensors(folder / WEIGHTS_FILE)
+    model = TitansModel(config)
+    expected = model.state_dict()
+    for name in sorted(expected.keys() | tensors.keys()):
+        if name not in tensors or name not in expected:
+            side = "missing from" if name not in tensors else "not expected in"
+            raise DataError(f"{folder / WEIGHTS_FILE}: tensor {name!r} is {side} the file; check config.json")
+        if tensors[name].shape != expected[name].shape:
+            raise DataError(
+                f"{folder / WEIGHTS_FILE}: {name} has shape {tuple(tensors[name].shape)}; "
+                f"config.json asks for {tuple(expected[name].shape)}"
+            )
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
+    try:
+        return load_tensors(path.read_bytes())
+    except Exception as error:  # safetensors raises its own type, and plain OSError and ValueError
+        raise DataError(f"{path}: no readable tensors ({error})") from None
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write ``content`` as indented JSON, atomically."""
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
