@@ -31,12 +31,14 @@ class _Case:
         lengths: tokens of each call.
         edit: ``(B, layers)``.
         repeated: one token over and over, which makes all keys of a tile equal.
+        readout: begin with a filled readout memory.
     """
 
     name: str
     lengths: tuple[int, ...]
     edit: Tensor
     repeated: bool = False
+    readout: bool = False
 
 
 def make_goldens(model: TitansModel, seed: int = 0) -> Arrays:
@@ -64,7 +66,7 @@ def _cases(config: ModelConfig, generator: torch.Generator) -> list[_Case]:
     mixed = torch.rand(2, layers, generator=generator)
     return [
         _Case("edit_off", (7, 1, 2 * tile + 1, 1), torch.zeros(1, layers)),
-        _Case("edit_on", (tile, 1, tile - 1, 2), torch.ones(1, layers)),
+        _Case("edit_on", (tile, 1, tile - 1, 2), torch.ones(1, layers), readout=True),
         _Case("mixed_batch", (3, 1, tile + 2), mixed),
         _Case("repeated_token", (2 * tile, 1), torch.ones(1, layers), repeated=True),
     ]
@@ -74,9 +76,11 @@ def _cases(config: ModelConfig, generator: torch.Generator) -> list[_Case]:
 def _run_model(model: TitansModel, case: _Case, generator: torch.Generator) -> Arrays:
     config, batch = model.config, len(case.edit)
     state = initial_state(config, batch, torch.float64)
-    readout = 0.1 * torch.randn(state["readout"].shape, generator=generator)
-    state["readout"] = readout.double()
-    arrays: Arrays = {f"{case.name}.model.0.input.past.readout": readout.numpy()}
+    arrays: Arrays = {}
+    if case.readout:
+        readout = 0.1 * torch.randn(state["readout"].shape, generator=generator)
+        state["readout"] = readout.double()
+        arrays[f"{case.name}.model.0.input.past.readout"] = readout.numpy()
     for call, length in enumerate(case.lengths):
         ids = torch.randint(config.vocab_size, (batch, length), generator=generator)
         if case.repeated:
@@ -121,6 +125,7 @@ def _run_readout_gradient(config: ModelConfig, generator: torch.Generator) -> Ar
 
 
 def _single(tensor: Tensor) -> npt.NDArray[np.generic]:
+    """The tensor as the graph gives it: float32 or integer, and contiguous, which files need."""
     tensor = tensor.detach()
     array: npt.NDArray[np.generic] = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-    return array
+    return np.ascontiguousarray(array)

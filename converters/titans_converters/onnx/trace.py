@@ -84,6 +84,7 @@ def trace(program: Program) -> ir.Model:
         raise ValueError(f"program {program.name}: torch.onnx.export returned nothing")
     model = exported.model
     model.graph.name = program.name
+    _forget_tracing(model)
     _state_axes(model, program)
     _add_memory_function(model)
     return model
@@ -109,6 +110,18 @@ def _state_axes(model: ir.Model, program: Program) -> None:
             if isinstance(axis, str) and isinstance(traced, int):
                 raise ValueError(f"program {program.name}: {value.name} has its axis {axis} fixed at {traced}")
         value.shape = ir.Shape(axes)
+
+
+def _forget_tracing(model: ir.Model) -> None:
+    """Drop the tracer's notes: stack traces name files of the exporting machine."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
 
 
 def _add_memory_function(model: ir.Model) -> None:

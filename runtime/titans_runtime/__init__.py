@@ -1,0 +1,51 @@
+"""Run and edit exported Titans models on NumPy and ONNX Runtime alone.
+
+    import titans_runtime as tr
+
+    model = tr.load("bundle/")
+    session = model.session()
+    logits = session.append(b"import ")
+"""
+
+from __future__ import annotations
+
+from titans_runtime.editor import Editor, EditReport
+from titans_runtime.errors import (
+    BundleError,
+    CheckFailed,
+    DataError,
+    EnvironmentProblem,
+    NumericsError,
+    StateError,
+    TitansError,
+    TokenError,
+    UsageError,
+)
+from titans_runtime.scoring import Score, score
+from titans_runtime.session import Model, Session, load
+from titans_runtime.state import Snapshot
+from titans_runtime.verify import VerificationReport, verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BundleError",
+    "CheckFailed",
+    "DataError",
+    "EditReport",
+    "Editor",
+    "EnvironmentProblem",
+    "Model",
+    "NumericsError",
+    "Score",
+    "Session",
+    "Snapshot",
+    "StateError",
+    "TitansError",
+    "TokenError",
+    "UsageError",
+    "VerificationReport",
+    "load",
+    "score",
+    "verify",
+]

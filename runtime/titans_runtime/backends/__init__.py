@@ -1,0 +1,39 @@
+"""Ways to run a bundle's graphs. The session knows only this interface."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+Arrays = dict[str, Array]
+
+DTYPES: dict[str, type[np.generic]] = {"float32": np.float32, "float16": np.float16, "int64": np.int64}
+"""NumPy types of the manifest's dtype names."""
+
+
+class Call(Protocol):
+    """A graph bound to buffers: runs as often as wanted, reads and writes them in place."""
+
+    def run(self) -> None:
+        """Run once. The output buffers hold the results when it returns."""
+
+
+class Graph(Protocol):
+    """A loaded graph, shared by threads."""
+
+    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Call:
+        """Bind every input and output to a C-contiguous array of its dtype and final shape.
+
+        An output must not share memory with an input: the graph may read after it has written.
+        """
+
+
+class Backend(Protocol):
+    """Loads graphs of one bundle."""
+
+    def graph(self, name: str) -> Graph:
+        """The graph of that name, loaded once."""

@@ -1,0 +1,169 @@
+"""Graphs in ONNX Runtime. State stays in OrtValues over buffers of ours: no copy per call."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+
+from titans_runtime.backends import Array, Call, Graph
+from titans_runtime.bundle import WEIGHTS_NAME, Bundle
+from titans_runtime.errors import BundleError, EnvironmentProblem
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+DEFAULT_PROVIDERS = ("CPUExecutionProvider",)
+_QUIET = 3  # errors only; what else it has to say is not for a user of a verified graph
+
+
+class OnnxRuntimeBackend:
+    """Runs a bundle's graphs in ``onnxruntime``."""
+
+    def __init__(
+        self, bundle: Bundle, providers: Sequence[str] | None = None, threads: int | None = None
+    ) -> None:
+        """Check the environment, load the graph ``model``.
+
+        Args:
+            bundle: opened bundle.
+            providers: execution providers by preference; default is the CPU's. Never falls back silently.
+            threads: threads within an operator; default is ONNX Runtime's choice.
+
+        Raises:
+            EnvironmentProblem: ONNX Runtime is missing or too old, or a provider is not available.
+            BundleError: a file was altered, or a graph is not loadable.
+        """
+        self._ort = _import_onnxruntime()
+        self._bundle = bundle
+        self._providers = _checked_providers(self._ort, providers)
+        self._threads = threads
+        _check_version(self._ort.__version__, bundle.manifest.requires["onnxruntime"])
+        self._graphs: dict[str, Graph] = {}
+        self._lock = threading.Lock()
+        self.graph("model")
+
+    def graph(self, name: str) -> Graph:
+        """The graph of that name, loaded when first asked for.
+
+        Raises:
+            BundleError: the bundle has no such graph, or it is damaged.
+        """
+        with self._lock:
+            if name not in self._graphs:
+                self._graphs[name] = OnnxRuntimeGraph(self._ort, self._load(name))
+            return self._graphs[name]
+
+    def _load(self, name: str) -> onnxruntime.InferenceSession:
+        spec = self._bundle.manifest.graphs.get(name)
+        if spec is None:
+            known = ", ".join(self._bundle.manifest.graphs)
+            raise BundleError(f"{self._bundle.folder}: no graph {name!r}; it has {known}")
+        options = self._ort.SessionOptions()
+        options.log_severity_level = _QUIET
+        options.inter_op_num_threads = 1
+        if self._threads is not None:
+            options.intra_op_num_threads = self._threads
+        graph = self._bundle.read(spec.file)
+        weights = b""
+        if WEIGHTS_NAME.encode() in graph:
+            # From verified bytes, not from the disk: a file swapped after the check cannot matter.
+            # ONNX Runtime takes what it needs while loading; the bytes are dropped afterwards.
+            weights = self._bundle.read(WEIGHTS_NAME)
+            options.add_external_initializers_from_files_in_memory([WEIGHTS_NAME], [weights], [len(weights)])
+        try:
+            session = self._ort.InferenceSession(graph, options, providers=list(self._providers))
+        except Exception as error:  # noqa: BLE001 - onnxruntime has no public base class for its errors
+            raise BundleError(f"{self._bundle.folder / spec.file}: cannot be loaded ({error})") from None
+        _check_interface(session, spec, self._bundle)
+        return session
+
+
+class OnnxRuntimeGraph:
+    """One loaded graph."""
+
+    def __init__(self, ort: Any, session: onnxruntime.InferenceSession) -> None:  # noqa: ANN401 - a module
+        """``session``: already checked against the manifest."""
+        self._ort, self._session = ort, session
+
+    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Call:
+        """See :meth:`titans_runtime.backends.Graph.bind`; no array is copied."""
+        return OnnxRuntimeCall(self._ort, self._session, inputs, outputs)
+
+
+class OnnxRuntimeCall:
+    """A graph with every input and output bound to memory of ours."""
+
+    def __init__(
+        self,
+        ort: Any,  # noqa: ANN401 - a module
+        session: onnxruntime.InferenceSession,
+        inputs: Mapping[str, Array],
+        outputs: Mapping[str, Array],
+    ) -> None:
+        """Wrap the arrays as OrtValues, which share their memory."""
+        self._session = session
+        self._binding = session.io_binding()
+        self._values = []  # kept: the binding holds no reference to them
+        for name, array in inputs.items():
+            self._binding.bind_ortvalue_input(name, self._value(ort, array))
+        for name, array in outputs.items():
+            self._binding.bind_ortvalue_output(name, self._value(ort, array))
+
+    def run(self) -> None:
+        """Run the graph on the bound buffers."""
+        self._session.run_with_iobinding(self._binding)
+
+    def _value(self, ort: Any, array: Array) -> Any:  # noqa: ANN401 - onnxruntime.OrtValue
+        if not array.flags.c_contiguous:
+            raise ValueError("only C-contiguous arrays can be bound")
+        value = ort.OrtValue.ortvalue_from_numpy(array)
+        self._values.append(value)
+        return value
+
+
+def _import_onnxruntime() -> Any:  # noqa: ANN401 - a module
+    try:
+        import onnxruntime
+    except ImportError:
+        raise EnvironmentProblem(
+            "onnxruntime is not installed; pip install 'titans-runtime[cpu]' (or [gpu], never both)"
+        ) from None
+    return onnxruntime
+
+
+def _checked_providers(ort: Any, providers: Sequence[str] | None) -> tuple[str, ...]:  # noqa: ANN401
+    wanted = tuple(providers) if providers is not None else DEFAULT_PROVIDERS
+    available = ort.get_available_providers()
+    for name in wanted:
+        if name not in available:
+            raise EnvironmentProblem(
+                f"provider {name!r} is not available here; this onnxruntime has {', '.join(available)}"
+            )
+    if not wanted:
+        raise EnvironmentProblem(f"no provider given; this onnxruntime has {', '.join(available)}")
+    return wanted
+
+
+def _check_version(installed: str, required: str) -> None:
+    def parts(version: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+
+    if parts(installed) < parts(required):
+        raise EnvironmentProblem(
+            f"onnxruntime {installed} is too old for this bundle; install {required} or newer"
+        )
+
+
+def _check_interface(session: onnxruntime.InferenceSession, spec: Any, bundle: Bundle) -> None:  # noqa: ANN401
+    for kind, found, stated in (
+        ("inputs", session.get_inputs(), spec.inputs),
+        ("outputs", session.get_outputs(), spec.outputs),
+    ):
+        if {value.name for value in found} != {tensor.name for tensor in stated}:
+            raise BundleError(
+                f"{bundle.folder / spec.file}: its {kind} are not those that titans.json states; export again"
+            )
+
+

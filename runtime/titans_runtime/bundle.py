@@ -1,0 +1,159 @@
+"""A bundle on disk: the only code that opens a bundle's files, to read and to write them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from titans_runtime.errors import BundleError
+from titans_runtime.files import write_atomically
+from titans_runtime.json_reader import MAX_BYTES, parse_object
+from titans_runtime.manifest import FileEntry, GraphSpec, Manifest, StateSpec, TensorSpec
+
+MANIFEST_NAME = "titans.json"
+WEIGHTS_NAME = "weights.bin"
+GOLDENS_NAME = "goldens.safetensors"
+_CHUNK = 2**20
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: its folder and its checked manifest. Files are verified as they are read."""
+
+    folder: Path
+    manifest: Manifest
+
+    def read(self, name: str) -> bytes:
+        """The content of a listed file, after its size and hash have been checked.
+
+        Raises:
+            BundleError: the file is not listed, missing, a link, or differs from the manifest.
+        """
+        entry = self.manifest.files.get(name)
+        if entry is None:
+            raise BundleError(f"{self.folder}: {name!r} is not listed in {MANIFEST_NAME}")
+        data = _read_regular(self.folder / name, entry.size)
+        digest = hashlib.sha256(data).hexdigest()
+        if digest != entry.sha256:
+            raise BundleError(
+                f"{self.folder / name}: SHA-256 {digest[:12]}… where {MANIFEST_NAME} says "
+                f"{entry.sha256[:12]}…; the file was altered, export or copy the bundle again"
+            )
+        return data
+
+
+def open_bundle(folder: str | Path) -> Bundle:
+    """Open a bundle: check the manifest and that exactly the listed files are there.
+
+    Reads no weights: sizes are compared now, hashes when a file is read.
+
+    Raises:
+        BundleError: no bundle, a damaged manifest, or a missing, extra, linked or truncated file.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise BundleError(f"{root}: no bundle; expected a folder with {MANIFEST_NAME}")
+    path = root / MANIFEST_NAME
+    if not path.exists():
+        raise BundleError(f"{root}: no bundle; {MANIFEST_NAME} is missing")
+    try:
+        content = parse_object(_read_regular(path, None), str(path))
+    except ValueError as error:
+        raise BundleError(str(error)) from None
+    manifest = Manifest.from_dict(content)
+    _check_folder(root, manifest)
+    return Bundle(root, manifest)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write ``titans.json``, the last file of a bundle, atomically."""
+    write_atomically(folder / MANIFEST_NAME, (json.dumps(manifest.to_dict(), indent=1) + "\n").encode())
+
+
+def file_entry(path: Path) -> FileEntry:
+    """Size and hash of a file that was just written."""
+    digest = hashlib.sha256()
+    size = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+    return FileEntry(digest.hexdigest(), size)
+
+
+def _check_folder(root: Path, manifest: Manifest) -> None:
+    for name, entry in manifest.files.items():
+        _check_name(root, name)
+        size = _regular_size(root / name)
+        if size != entry.size:
+            raise BundleError(
+                f"{root / name}: {size} bytes where {MANIFEST_NAME} says {entry.size}; "
+                "the file is truncated or altered, export or copy the bundle again"
+            )
+    listed = {*manifest.files, MANIFEST_NAME}
+    for found in sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if not path.is_dir()):
+        if found not in listed:
+            raise BundleError(f"{root / found}: not listed in {MANIFEST_NAME}; remove it from the bundle")
+
+
+def _check_name(root: Path, name: str) -> None:
+    """A listed name must stay inside the folder: plain parts, no links on the way."""
+    parts = name.split("/")
+    if not name or "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in parts):
+        raise BundleError(f"{root}: file name {name!r} leaves the bundle or is not plain")
+    for depth in range(1, len(parts)):
+        if (root / "/".join(parts[:depth])).is_symlink():
+            raise BundleError(f"{root / name}: a folder on its path is a symbolic link; copy the files in")
+
+
+def _regular_size(path: Path) -> int:
+    try:
+        status = path.lstat()
+    except OSError:
+        raise BundleError(f"{path}: missing; export or copy the bundle again") from None
+    _refuse_links(path, status)
+    return status.st_size
+
+
+def _refuse_links(path: Path, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise BundleError(f"{path}: a link or special file; a bundle holds plain files only, copy it in")
+    if status.st_nlink > 1:
+        raise BundleError(
+            f"{path}: has {status.st_nlink} hard links, so it could change from outside; copy the bundle"
+        )
+
+
+def _read_regular(path: Path, size: int | None) -> bytes:
+    """Read a plain file through one descriptor, so that what was checked is what is read."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read ({error.strerror})") from None
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(file.fileno())
+        _refuse_links(path, status)
+        limit = MAX_BYTES if size is None else size
+        if status.st_size > limit or (size is not None and status.st_size != size):
+            raise BundleError(f"{path}: {status.st_size} bytes where {limit} were expected")
+        return file.read(limit + 1)
+
+
+__all__ = [
+    "GOLDENS_NAME",
+    "MANIFEST_NAME",
+    "WEIGHTS_NAME",
+    "Bundle",
+    "FileEntry",
+    "GraphSpec",
+    "Manifest",
+    "StateSpec",
+    "TensorSpec",
+    "file_entry",
+    "open_bundle",
+    "write_manifest",
+]

@@ -1,0 +1,175 @@
+"""The command ``titans``: parsing, errors and exit codes. ``commands.py`` does the work.
+
+Exit codes: 0 done, 1 a check failed, 2 usage, 3 bad bundle, state or data, 4 environment or provider.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import entry_points, version
+from pathlib import Path
+from typing import NoReturn
+
+from titans_runtime.errors import TitansError, UsageError
+
+_EXPORT_COMMANDS = {
+    "train": "train a model",
+    "init": "write a checkpoint with random weights",
+    "export": "turn a checkpoint into a bundle",
+    "demo": "watch the shipped model learn",
+}
+_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. A user's mistake is one or two lines on stderr."""
+    parser = _parser()
+    try:
+        args = parser.parse_args(arguments)
+        if not hasattr(args, "handler"):
+            parser.print_help()
+            return 0
+        code: int = args.handler(args)
+        sys.stdout.flush()
+    except TitansError as error:
+        print(f"titans: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("titans: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone, which is its right
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
+
+
+class _Parser(argparse.ArgumentParser):
+    """Argument errors in the project's form."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"titans: {message}\ntitans: see '{self.prog} --help'", file=sys.stderr)
+        raise SystemExit(UsageError.exit_code)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="titans", description="Run, edit and inspect exported models that learn at test time."
+    )
+    parser.add_argument("--version", action="version", version=f"titans {version('titans-runtime')}")
+    commands = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
+    _add_verify(commands)
+    _add_inspect(commands)
+    _add_run(commands)
+    _add_generate(commands)
+    registered = list(entry_points(group="titans_runtime.commands"))
+    for point in registered:
+        point.load()(commands)
+    if not registered:
+        _add_missing(commands)
+    return parser
+
+
+def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("verify", help="replay a bundle's goldens on this machine")
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument(
+        "--atol", action="append", default=[], metavar="[OUTPUT:]VALUE", help="absolute tolerance"
+    )
+    parser.add_argument("--rtol", type=float, default=None, help="relative to the largest expected value")
+    parser.add_argument("--json", action="store_true")
+    _add_machine(parser)
+    parser.set_defaults(handler=_lazily("verify"))
+
+
+def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("inspect", help="describe a bundle or a memory file; loads no weights")
+    parser.add_argument("path", type=Path, metavar="BUNDLE|MEMORY")
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(handler=_lazily("inspect"))
+
+
+def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("run", help="score a file in bits per byte, learning as it streams")
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("file", metavar="FILE", help="any file; - is standard input")
+    _add_editing(parser)
+    _add_machine(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(handler=_lazily("run"))
+
+
+def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("generate", help="continue a text")
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--prompt", default="", metavar="TEXT")
+    parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--top-k", type=int, default=0, metavar="K")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--learn", action="store_true", help="learn from the generated text, too")
+    _add_editing(parser)
+    _add_machine(parser)
+    parser.set_defaults(handler=_lazily("generate"))
+
+
+def _add_editing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--no-edit", action="store_true", help="no editing at all; default: as the manifest recommends"
+    )
+    parser.add_argument(
+        "--edit", type=float, default=None, metavar="0..1", help="strength of the fused rule"
+    )
+    parser.add_argument(
+        "--editor", default=None, metavar="SPEC", help="for example readout:step=1,chunk=4; or none"
+    )
+    parser.add_argument(
+        "--state-in", type=Path, default=None, metavar="MEMORY", help="continue from a memory file"
+    )
+    parser.add_argument(
+        "--state-out", type=Path, default=None, metavar="MEMORY", help="save the memory when done"
+    )
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=int, default=None, metavar="N")
+    parser.add_argument(
+        "--provider",
+        action="append",
+        default=None,
+        metavar="NAME",
+        help="ONNX Runtime execution provider; may be given several times",
+    )
+
+
+def _add_missing(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Without titans-export its commands are still known, and say what brings them."""
+    for name, purpose in _EXPORT_COMMANDS.items():
+        parser = commands.add_parser(name, help=f"{purpose} (needs titans-export)", add_help=False)
+        parser.add_argument("rest", nargs=argparse.REMAINDER)
+        parser.set_defaults(handler=_missing, command=name)
+        parser.prefix_chars = "\0"  # every argument is part of the rest
+
+
+def _missing(args: argparse.Namespace) -> int:
+    raise UsageError(f"'titans {args.command}' comes with titans-export; pip install titans-export")
+
+
+class _lazily:  # noqa: N801 - reads as what it does
+    """A handler that imports the working code only when it is called: ``--help`` stays quick."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __call__(self, args: argparse.Namespace) -> int:
+        from titans_runtime import commands
+
+        code: int = getattr(commands, self._name)(args)
+        return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

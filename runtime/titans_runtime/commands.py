@@ -1,0 +1,167 @@
+"""What the commands of ``titans`` do. Results go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from titans_runtime import scoring
+from titans_runtime.bundle import MANIFEST_NAME, open_bundle
+from titans_runtime.editor import Editor
+from titans_runtime.errors import DataError, UsageError
+from titans_runtime.progress import progress_bar
+from titans_runtime.session import RECOMMENDED, Session, load
+from titans_runtime.state import describe_snapshot
+from titans_runtime.verify import verify as verify_bundle
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Replay the goldens; exit code 1 where one differs."""
+    tolerances = dict(_tolerance(text) for text in args.atol)
+    report = verify_bundle(args.bundle, tolerances, args.rtol, args.provider, args.threads)
+    if args.json:
+        checks = [
+            {"name": c.name, "error": c.error, "limit": c.limit, "passed": c.passed} for c in report.checks
+        ]
+        print(json.dumps({"passed": report.passed, "checks": checks}))
+    else:
+        print("\n".join(report.lines()))
+    return 0 if report.passed else 1
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """Describe a bundle or a memory file."""
+    if args.path.is_dir():
+        _print_fields(_bundle_fields(args.path), args.json)
+    elif args.path.name == MANIFEST_NAME:
+        _print_fields(_bundle_fields(args.path.parent), args.json)
+    else:
+        _print_fields(describe_snapshot(args.path), args.json)
+    return 0
+
+
+def run(args: argparse.Namespace) -> int:
+    """Score a file."""
+    text = _read(args.file)
+    session = _open_session(args)
+    starts = progress_bar(
+        scoring.segment_starts(len(text)), "scoring", unit="B", scale=min(len(text), scoring.SEGMENT)
+    )
+    score = scoring.score(session, text, starts)
+    if args.state_out:
+        session.save(args.state_out)
+    fields = {
+        "bits_per_byte": round(score.bits_per_token, 4),
+        "bytes": len(text),
+        "seconds": round(score.seconds, 3),
+        "tokens_per_second": round(score.tokens_per_second, 1),
+        "edit": list(session.edit),
+        "editor": session.editor.to_dict() if session.editor else None,
+        "position": session.position,
+        "bundle": session.model.manifest.identity,
+    }
+    _print_fields(fields, args.json)
+    return 0
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Continue a text, printing it as it comes."""
+    session = _open_session(args)
+    prompt = args.prompt.encode()
+    if prompt:
+        session.append(prompt)
+    elif session.position == 0:
+        raise UsageError("generate: give --prompt TEXT, or --state-in MEMORY to continue from")
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    tokens = session.generate(
+        args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed, args.learn
+    )
+    for token in tokens:
+        print(decoder.decode(bytes([token])), end="", flush=True)
+    print(decoder.decode(b"", final=True))
+    if args.state_out:
+        session.save(args.state_out)
+    return 0
+
+
+def _open_session(args: argparse.Namespace) -> Session:
+    chosen = args.no_edit or args.edit is not None or args.editor is not None
+    if args.no_edit and (args.edit is not None or args.editor is not None):
+        raise UsageError("--no-edit excludes --edit and --editor")
+    if args.state_in and chosen:
+        raise UsageError("--state-in continues with the memory's own editing; leave out the editing options")
+    if args.state_out and not args.state_out.parent.is_dir():
+        raise UsageError(f"--state-out {args.state_out}: no such folder {args.state_out.parent}")
+    model = load(args.bundle, args.provider, args.threads)
+    if args.state_in:
+        return model.load_session(args.state_in)
+    if args.no_edit:
+        return model.session(edit=0.0, editor=None)
+    editor = RECOMMENDED if args.editor is None else _editor(args.editor)
+    return model.session(RECOMMENDED if args.edit is None else args.edit, editor)
+
+
+def _editor(text: str) -> Editor | None:
+    return None if text == "none" else Editor.parse(text)
+
+
+def _read(name: str) -> bytes:
+    try:
+        text = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read ({error.strerror})") from None
+    if not text:
+        raise DataError(f"{name}: is empty; give at least one byte")
+    return text
+
+
+def _tolerance(text: str) -> tuple[str, float]:
+    name, _, value = text.rpartition(":")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise UsageError(f"--atol {text}: expected a number, or OUTPUT:NUMBER") from None
+
+
+def _bundle_fields(folder: Path) -> dict[str, Any]:
+    manifest = open_bundle(folder).manifest
+    state_bytes = sum(
+        (8 if entry.dtype == "int64" else 4) * _product(entry.row_shape) for entry in manifest.state
+    )
+    return {
+        "format_version": manifest.format_version,
+        "identity": manifest.identity,
+        "producer": manifest.producer,
+        "requires": manifest.requires,
+        "model": manifest.model,
+        "graphs": {name: graph.file for name, graph in manifest.graphs.items()},
+        "state_bytes_per_session": state_bytes,
+        "recommended": manifest.recommended,
+        "files": {name: entry.size for name, entry in manifest.files.items()},
+    }
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product
+
+
+def _print_fields(fields: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(fields))
+        return
+    width = max(len(name) for name in fields)
+    for name, value in fields.items():
+        if isinstance(value, dict) and value:
+            print(f"{name}:")
+            inner = max(len(key) for key in value)
+            for key, item in value.items():
+                print(f"  {key:<{inner}}  {item}")
+        else:
+            print(f"{name:<{width}}  {value}")

@@ -1,0 +1,329 @@
+"""The manifest ``titans.json``: frozen dataclasses with explicit checks. ``docs/format.md`` lists every field."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from titans_runtime.errors import BundleError
+from titans_runtime.json_reader import canonical
+
+FORMAT_VERSION = 1
+DTYPES = ("float32", "float16", "int64")
+ROLES = ("memory", "momentum", "window")
+_MAX_AXIS = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A graph's input or output; a string in ``shape`` names a free axis."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """A graph file and the tensors that it takes and gives."""
+
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """One tensor of the state. ``shape`` begins with ``"batch"``; ``initial`` fills it at the start."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+    initial: float
+    role: str
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape without the batch axis."""
+        return tuple(axis for axis in self.shape[1:] if isinstance(axis, int))
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size in bytes and SHA-256 of one file."""
+
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that a runtime must know before it opens another file of the bundle."""
+
+    format_version: int
+    identity: str
+    producer: dict[str, str]
+    requires: dict[str, Any]
+    model: dict[str, Any]
+    tokenizer: str
+    vocab_size: int
+    edit_layers: int
+    graphs: dict[str, GraphSpec]
+    state: tuple[StateSpec, ...]
+    tolerances: dict[str, float]
+    recommended: dict[str, Any]
+    files: dict[str, FileEntry]
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        producer: dict[str, str],
+        requires: dict[str, Any],
+        model: dict[str, Any],
+        tokenizer: str,
+        vocab_size: int,
+        edit_layers: int,
+        graphs: dict[str, GraphSpec],
+        state: tuple[StateSpec, ...],
+        tolerances: dict[str, float],
+        recommended: dict[str, Any],
+        files: dict[str, FileEntry],
+    ) -> Manifest:
+        """A manifest of the current format, with the identity that follows from its content."""
+        return cls(
+            format_version=FORMAT_VERSION,
+            identity=_identity(model, graphs, state, files),
+            producer=producer,
+            requires=requires,
+            model=model,
+            tokenizer=tokenizer,
+            vocab_size=vocab_size,
+            edit_layers=edit_layers,
+            graphs=graphs,
+            state=state,
+            tolerances=tolerances,
+            recommended=recommended,
+            files=files,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The manifest as plain JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Manifest:
+        """Read a manifest from parsed JSON.
+
+        Raises:
+            BundleError: an unknown format version, a missing, unknown or malformed field, or an
+                identity that does not follow from the content.
+        """
+        reader = _Fields(content, "titans.json")
+        version = reader.integer("format_version", 1)
+        if version != FORMAT_VERSION:
+            raise BundleError(
+                f"titans.json: format version {version}; this runtime reads {FORMAT_VERSION}. "
+                "Export again, or install a newer titans-runtime"
+            )
+        manifest = cls(
+            format_version=version,
+            identity=reader.digest("identity"),
+            producer={name: str(value) for name, value in reader.mapping("producer").items()},
+            requires=_requires(reader),
+            model=reader.mapping("model"),
+            tokenizer=reader.choice("tokenizer", ("bytes",)),
+            vocab_size=reader.integer("vocab_size", 1),
+            edit_layers=reader.integer("edit_layers", 0),
+            graphs={name: _graph(value, f"graphs.{name}") for name, value in reader.mapping("graphs").items()},
+            state=tuple(_state(value, f"state[{i}]") for i, value in enumerate(reader.array("state"))),
+            tolerances=_tolerances(reader),
+            recommended=_recommended(reader),
+            files={name: _file(value, f"files.{name}") for name, value in reader.mapping("files").items()},
+        )
+        reader.end()
+        _check_consistency(manifest)
+        return manifest
+
+
+def _identity(
+    model: dict[str, Any],
+    graphs: dict[str, GraphSpec],
+    state: tuple[StateSpec, ...],
+    files: dict[str, FileEntry],
+) -> str:
+    content = {
+        "model": model,
+        "graphs": {name: asdict(graph) for name, graph in graphs.items()},
+        "state": [asdict(entry) for entry in state],
+        "files": {name: asdict(entry) for name, entry in files.items()},
+    }
+    return hashlib.sha256(canonical(content)).hexdigest()
+
+
+def _check_consistency(manifest: Manifest) -> None:
+    if "model" not in manifest.graphs:
+        raise BundleError("titans.json: graphs has no 'model'")
+    for name, graph in manifest.graphs.items():
+        if graph.file not in manifest.files:
+            raise BundleError(f"titans.json: graphs.{name}.file {graph.file!r} is not among the files")
+    names = [entry.name for entry in manifest.state]
+    if len(set(names)) != len(names):
+        raise BundleError("titans.json: two state entries have the same name")
+    expected = {"input_ids", "edit", *(f"past.{name}" for name in names)}
+    if {tensor.name for tensor in manifest.graphs["model"].inputs} != expected:
+        raise BundleError("titans.json: the inputs of graph 'model' do not follow from the state schema")
+    identity = _identity(manifest.model, manifest.graphs, manifest.state, manifest.files)
+    if identity != manifest.identity:
+        raise BundleError(
+            f"titans.json: identity {manifest.identity[:12]}… does not belong to the content "
+            f"({identity[:12]}…); the manifest was altered"
+        )
+
+
+class _Fields:
+    """Typed access to the fields of one JSON object; every message names the field."""
+
+    def __init__(self, content: object, where: str) -> None:
+        if not isinstance(content, dict):
+            raise BundleError(f"titans.json: {where} must be an object")
+        self._content: dict[str, Any] = content
+        self._where = where
+        self._read: set[str] = set()
+
+    def take(self, name: str, kind: type) -> Any:  # noqa: ANN401 - parsed JSON
+        self._read.add(name)
+        if name not in self._content:
+            raise BundleError(f"titans.json: {self._where}: field {name!r} is missing")
+        value = self._content[name]
+        if type(value) is not kind:
+            raise BundleError(f"titans.json: {self._where}: {name} must be of type {kind.__name__}")
+        return value
+
+    def integer(self, name: str, least: int) -> int:
+        value: int = self.take(name, int)
+        if not least <= value:
+            raise BundleError(f"titans.json: {self._where}: {name} is {value}; at least {least}")
+        return value
+
+    def string(self, name: str) -> str:
+        value: str = self.take(name, str)
+        return value
+
+    def choice(self, name: str, choices: tuple[str, ...]) -> str:
+        value = self.string(name)
+        if value not in choices:
+            raise BundleError(
+                f"titans.json: {self._where}: {name} is {value!r}; known: {', '.join(choices)}"
+            )
+        return value
+
+    def digest(self, name: str) -> str:
+        value = self.string(name)
+        if len(value) != 64 or not set(value) <= set("0123456789abcdef"):
+            raise BundleError(f"titans.json: {self._where}: {name} is no SHA-256")
+        return value
+
+    def number(self, name: str) -> float:
+        self._read.add(name)
+        value = self._content.get(name)
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise BundleError(f"titans.json: {self._where}: {name} must be a finite number")
+        return float(value)
+
+    def mapping(self, name: str) -> dict[str, Any]:
+        value: dict[str, Any] = self.take(name, dict)
+        return value
+
+    def array(self, name: str) -> list[Any]:
+        value: list[Any] = self.take(name, list)
+        return value
+
+    def end(self) -> None:
+        unknown = sorted(self._content.keys() - self._read)
+        if unknown:
+            raise BundleError(f"titans.json: {self._where}: unknown field {unknown[0]!r}")
+
+
+def _requires(reader: _Fields) -> dict[str, Any]:
+    fields = _Fields(reader.mapping("requires"), "requires")
+    content = {
+        "onnxruntime": fields.string("onnxruntime"),
+        "ir_version": fields.integer("ir_version", 1),
+        "opset": fields.integer("opset", 1),
+    }
+    if not all(part.isdigit() for part in content["onnxruntime"].split(".")):
+        raise BundleError(f"titans.json: requires: onnxruntime is {content['onnxruntime']!r}; no version")
+    fields.end()
+    return content
+
+
+def _tolerances(reader: _Fields) -> dict[str, float]:
+    fields = _Fields(reader.mapping("tolerances"), "tolerances")
+    content = {"atol": fields.number("atol"), "rtol": fields.number("rtol")}
+    fields.end()
+    return content
+
+
+def _recommended(reader: _Fields) -> dict[str, Any]:
+    content = reader.mapping("recommended")
+    fields = _Fields(content, "recommended")
+    edit = fields.number("edit")
+    if not 0 <= edit <= 1:
+        raise BundleError(f"titans.json: recommended: edit is {edit}; it must lie between 0 and 1")
+    editor = content.get("editor")
+    if editor is not None and not isinstance(editor, dict):
+        raise BundleError("titans.json: recommended: editor must be an object or null")
+    return {"edit": edit, "editor": editor}
+
+
+def _graph(value: object, where: str) -> GraphSpec:
+    fields = _Fields(value, where)
+    graph = GraphSpec(
+        file=fields.string("file"),
+        inputs=tuple(_tensor(item, f"{where}.inputs[{i}]") for i, item in enumerate(fields.array("inputs"))),
+        outputs=tuple(
+            _tensor(item, f"{where}.outputs[{i}]") for i, item in enumerate(fields.array("outputs"))
+        ),
+    )
+    fields.end()
+    return graph
+
+
+def _tensor(value: object, where: str) -> TensorSpec:
+    fields = _Fields(value, where)
+    spec = TensorSpec(fields.string("name"), fields.choice("dtype", DTYPES), _shape(fields, where))
+    fields.end()
+    return spec
+
+
+def _state(value: object, where: str) -> StateSpec:
+    fields = _Fields(value, where)
+    spec = StateSpec(
+        name=fields.string("name"),
+        dtype=fields.choice("dtype", DTYPES),
+        shape=_shape(fields, where),
+        initial=fields.number("initial"),
+        role=fields.choice("role", ROLES),
+    )
+    fields.end()
+    if not spec.shape or spec.shape[0] != "batch" or len(spec.row_shape) != len(spec.shape) - 1:
+        raise BundleError(f"titans.json: {where}: shape must be 'batch' followed by sizes")
+    return spec
+
+
+def _shape(fields: _Fields, where: str) -> tuple[int | str, ...]:
+    shape = fields.array("shape")
+    for axis in shape:
+        if not isinstance(axis, str) and (type(axis) is not int or not 0 <= axis <= _MAX_AXIS):
+            raise BundleError(f"titans.json: {where}: shape {shape} must hold sizes and axis names")
+    return tuple(shape)
+
+
+def _file(value: object, where: str) -> FileEntry:
+    fields = _Fields(value, where)
+    entry = FileEntry(sha256=fields.digest("sha256"), size=fields.integer("size", 0))
+    fields.end()
+    return entry

@@ -1,0 +1,53 @@
+"""Choosing the next token from logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from titans_runtime.backends import Array
+from titans_runtime.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw a token.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: keep the ``k`` most likely tokens; 0 keeps all.
+        top_p: keep the fewest tokens whose probability reaches ``p``; 1 keeps all.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            UsageError: a value lies outside its range.
+        """
+        if not (self.temperature >= 0 and np.isfinite(self.temperature)):
+            raise UsageError(f"temperature is {self.temperature}; it must be 0 or more")
+        if self.top_k < 0:
+            raise UsageError(f"top_k is {self.top_k}; it must be 0 (all) or more")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+
+    def draw(self, logits: Array, generator: np.random.Generator) -> int:
+        """One token id for ``logits (vocab,)`` float32."""
+        if self.temperature == 0:
+            return int(logits.argmax())
+        scaled = logits.astype(np.float64) / self.temperature
+        order = np.argsort(-scaled, kind="stable")
+        if self.top_k:
+            order = order[: self.top_k]
+        probability = np.exp(scaled[order] - scaled[order[0]])
+        probability /= probability.sum()
+        if self.top_p < 1:
+            kept = int(np.searchsorted(probability.cumsum(), self.top_p)) + 1
+            order, probability = order[:kept], probability[:kept] / probability[:kept].sum()
+        return int(generator.choice(order, p=probability))

@@ -1,0 +1,432 @@
+"""A model, shared and immutable, and its sessions: one stream and one memory each."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from titans_runtime.backends import Array, Arrays, Call
+from titans_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from titans_runtime.bundle import Bundle, open_bundle
+from titans_runtime.editor import Editor, EditReport
+from titans_runtime.errors import NumericsError, StateError, TitansError, UsageError
+from titans_runtime.manifest import Manifest
+from titans_runtime.readout import ReadoutEditor
+from titans_runtime.sampling import Sampling
+from titans_runtime.state import Snapshot, StateBuffers, load_snapshot, save_snapshot
+from titans_runtime.tokens import Tokens, checked_tokens
+
+SEGMENT: Final = 512
+"""Tokens that the model takes at once; longer input is cut. Bounds the memory that a call takes."""
+
+
+class _Recommended:
+    """Marks an argument that was not given: edit as the manifest recommends."""
+
+    def __repr__(self) -> str:
+        return "as the manifest recommends"
+
+
+RECOMMENDED: Final = _Recommended()
+
+
+def load(
+    path: str | os.PathLike[str], providers: Sequence[str] | None = None, threads: int | None = None
+) -> Model:
+    """Open a bundle, verify its files and load its model.
+
+    Args:
+        path: bundle folder.
+        providers: ONNX Runtime execution providers by preference; default is the CPU's. One that is
+            not available is an error, never a silent fallback.
+        threads: threads within an operator; default is ONNX Runtime's choice.
+
+    Raises:
+        BundleError: a file is missing, altered or of an unknown format.
+        EnvironmentProblem: ONNX Runtime or a provider is missing.
+        UsageError: ``threads`` is below 1.
+    """
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads is {threads}; it must be 1 or more")
+    return Model(open_bundle(Path(path)), providers, threads)
+
+
+class Model:
+    """A loaded bundle. Threads may share it; each stream needs a session of its own."""
+
+    def __init__(
+        self, bundle: Bundle, providers: Sequence[str] | None = None, threads: int | None = None
+    ) -> None:
+        """See :func:`load`."""
+        self.bundle = bundle
+        self.backend = OnnxRuntimeBackend(bundle, providers, threads)
+        self.graph = self.backend.graph("model")
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the bundle says of itself."""
+        return self.bundle.manifest
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self.manifest.vocab_size
+
+    def session(
+        self,
+        edit: float | Sequence[float] | _Recommended = RECOMMENDED,
+        editor: Editor | None | _Recommended = RECOMMENDED,
+    ) -> Session:
+        """A new stream with an empty memory.
+
+        Args:
+            edit: strength of the fused rule, one number in 0..1 or one per layer; default as the
+                manifest recommends.
+            editor: what the session learns by the open way; None for nothing; default as the
+                manifest recommends.
+
+        Raises:
+            UsageError: ``edit`` is out of range or has the wrong length.
+        """
+        recommended = self.manifest.recommended
+        strength = recommended["edit"] if isinstance(edit, _Recommended) else edit
+        if isinstance(editor, _Recommended):
+            editor = Editor.from_dict(recommended["editor"]) if recommended["editor"] else None
+        return Session(self, checked_edit(strength, self.manifest.edit_layers), editor)
+
+    def load_session(self, path: str | os.PathLike[str]) -> Session:
+        """Continue a stream from a memory file.
+
+        Raises:
+            StateError: the file is damaged or belongs to another bundle.
+        """
+        snapshot = load_snapshot(Path(path), self.manifest)
+        try:
+            editor = Editor.from_dict(snapshot.editor) if snapshot.editor else None
+        except (UsageError, TypeError) as error:
+            raise StateError(f"{path}: {error}") from None
+        session = Session(self, snapshot.edit, editor)
+        session.restore(snapshot)
+        return session
+
+
+class Session:
+    """One stream of tokens and the memory that it leaves behind.
+
+    A call either succeeds or leaves the session as it was, whatever interrupts it. Two threads on
+    one session are refused, never mixed.
+    """
+
+    def __init__(self, model: Model, edit: tuple[float, ...], editor: Editor | None) -> None:
+        """Use :meth:`Model.session`."""
+        self.model = model
+        self.edit = edit
+        self.editor = editor
+        self.position = 0
+        self.last_edit: EditReport | None = None
+        self._edit = np.array([edit], np.float32).reshape(1, -1)
+        self._buffers = StateBuffers(model.manifest, batch=1)
+        self._last_logits: Array | None = None
+        self._readout = self._open_editor(editor)
+        self._lock = threading.Lock()
+        outputs = {tensor.name: tensor for tensor in model.manifest.graphs["model"].outputs}
+        self._key_dim = _width(outputs["readout_key"].shape)
+        self._token = np.zeros((1, 1), np.int64)
+        self._token_logits = np.empty((1, 1, model.vocab_size), np.float32)
+        self._token_key = np.empty((1, 1, self._key_dim), np.float32)
+        self._token_calls: list[Call | None] = [None, None]
+
+    def append(self, tokens: Tokens) -> Array:
+        """See tokens, and score the token after each of them.
+
+        Args:
+            tokens: ids in ``0 … vocab_size - 1``: a sequence, an integer array of rank 1, or bytes.
+
+        Returns:
+            Logits ``(T, vocab)`` float32. Every row was computed before the memory saw its target.
+
+        Raises:
+            TokenError: the tokens are empty, of a wrong type, or out of range.
+            NumericsError: a value is not finite.
+            UsageError: another thread is using the session.
+        """
+        ids = checked_tokens(tokens, self.model.vocab_size)
+        with self._exclusive(), self._transaction(len(ids)):
+            return self._advance(ids, teach=True)
+
+    def observe(self, tokens: Tokens, editor: Editor | None = None) -> EditReport:
+        """See tokens and learn from them.
+
+        Args:
+            tokens: as for :meth:`append`.
+            editor: for this call, in place of the session's own.
+
+        Returns:
+            What was learnt.
+
+        Raises:
+            UsageError: neither the call nor the session has an editor.
+            TokenError: the tokens are empty, of a wrong type, or out of range.
+            NumericsError: a value is not finite.
+        """
+        ids = checked_tokens(tokens, self.model.vocab_size)
+        if editor is None and self.editor is None:
+            raise UsageError("observe: the session has no editor; give one, as in observe(tokens, Editor())")
+        with self._exclusive(), self._transaction(len(ids)), self._edited_by(editor or self.editor):
+            self._advance(ids, teach=True)
+        assert self.last_edit is not None
+        return self.last_edit
+
+    def generate(
+        self,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        learn: bool = False,
+    ) -> Iterator[int]:
+        """Draw tokens one by one and append each before it is yielded.
+
+        The session has seen exactly what was yielded, wherever the caller stops.
+
+        Args:
+            max_new_tokens: tokens at most.
+            temperature: see :class:`titans_runtime.sampling.Sampling`.
+            top_k: likewise.
+            top_p: likewise.
+            seed: of the draws; None draws afresh.
+            learn: whether the model's own samples teach its memory.
+
+        Raises:
+            UsageError: nothing was appended yet, or a value is out of range.
+        """
+        if max_new_tokens < 0:
+            raise UsageError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more")
+        if self._last_logits is None:
+            raise UsageError("generate: the session has seen no token yet; append a prompt first")
+        return self._generate(
+            max_new_tokens, Sampling(temperature, top_k, top_p), np.random.default_rng(seed), learn
+        )
+
+    @property
+    def last_logits(self) -> Array | None:
+        """Logits ``(vocab,)`` for the token to come, or None before the first token."""
+        return None if self._last_logits is None else self._last_logits.copy()
+
+    def snapshot(self) -> Snapshot:
+        """A copy of the whole state."""
+        with self._exclusive():
+            return self._snapshot()
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back, or over, to a snapshot; the session continues from it bit for bit.
+
+        Raises:
+            StateError: the snapshot belongs to another bundle.
+        """
+        with self._exclusive():
+            if snapshot.bundle != self.model.manifest.identity:
+                raise StateError(
+                    f"snapshot of bundle {snapshot.bundle[:12]}…, session of "
+                    f"{self.model.manifest.identity[:12]}…; restore it in a session of its own bundle"
+                )
+            self._restore(snapshot)
+
+    def fork(self) -> Session:
+        """A second session that continues from here on its own."""
+        snapshot = self.snapshot()
+        twin = Session(self.model, self.edit, self.editor)
+        twin.restore(snapshot)
+        return twin
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state to a memory file, atomically.
+
+        Raises:
+            StateError: the memory holds values that are not finite.
+            EnvironmentProblem: the file cannot be written; an older one is untouched.
+        """
+        save_snapshot(self.snapshot(), Path(path))
+
+    # --- one call, inside the lock and the transaction
+
+    def _advance(self, ids: Array, teach: bool) -> Array:
+        report = EditReport(tokens=len(ids))
+        logits = np.empty((len(ids), self.model.vocab_size), np.float32)
+        for start in range(0, len(ids), SEGMENT):
+            part = slice(start, start + SEGMENT)
+            self._run_segment(ids[part], logits[part], teach, report)
+        if not np.isfinite(logits).all():
+            bad = int(np.argmin(np.isfinite(logits).all(axis=1)))
+            raise NumericsError(
+                f"logits after token {self.position + bad} are not finite; "
+                "the session is as it was before the call"
+            )
+        self.position += len(ids)
+        self._last_logits = logits[-1].copy()
+        self.last_edit = report if self._readout else None
+        return logits
+
+    def _run_segment(self, ids: Array, logits: Array, teach: bool, report: EditReport) -> None:
+        if len(ids) == 1:
+            self._token[0, 0] = ids[0]
+            self._token_call().run()
+            logits[:] = self._token_logits[0]
+            keys = self._token_key[0]
+        else:
+            key_buffer = np.empty((1, len(ids), self._key_dim), np.float32)
+            self._bind(ids[None], logits[None], key_buffer).run()
+            keys = key_buffer[0]
+        self._buffers.swap()
+        if self._readout:
+            self._readout.advance(ids, keys, logits, teach, report)
+
+    def _token_call(self) -> Call:
+        """The one-token call for the current buffer set, bound when first needed."""
+        side = self._buffers.current
+        call = self._token_calls[side]
+        if call is None:
+            call = self._bind(self._token, self._token_logits, self._token_key)
+            self._token_calls[side] = call
+        return call
+
+    def _bind(self, ids: Array, logits: Array, keys: Array) -> Call:
+        past, spare = self._buffers.past, self._buffers.spare
+        changed = [name for name in past if spare[name] is not past[name]]
+        return self.model.graph.bind(
+            {"input_ids": ids, "edit": self._edit, **{f"past.{name}": past[name] for name in past}},
+            {
+                "logits": logits,
+                "readout_key": keys,
+                **{f"present.{name}": spare[name] for name in changed},
+            },
+        )
+
+    def _generate(
+        self, count: int, sampling: Sampling, generator: np.random.Generator, learn: bool
+    ) -> Iterator[int]:
+        for _ in range(count):
+            with self._exclusive(), self._transaction(1):
+                assert self._last_logits is not None
+                token = sampling.draw(self._last_logits, generator)
+                self._advance(np.array([token], np.int64), teach=learn)
+            yield token
+
+    # --- editor, snapshot, guards
+
+    def _open_editor(self, editor: Editor | None) -> ReadoutEditor | None:
+        if editor is None:
+            return None
+        readout = self._buffers.past["readout"]
+        return ReadoutEditor(editor, self.model.backend, readout, readout.shape[1])
+
+    @contextlib.contextmanager
+    def _edited_by(self, editor: Editor | None) -> Iterator[None]:
+        """Edit with ``editor`` for one call. Periods end early where one editor hands over to another."""
+        if editor == self.editor:
+            yield
+            return
+        own_editor, own = self.editor, self._readout
+        replaced = self._open_editor(editor)
+        report = EditReport()
+        if own is not None and replaced is not None:
+            own.finish(report)
+            replaced.restore(own.export())
+        self.editor, self._readout = editor, replaced
+        try:
+            yield
+            if own is not None and replaced is not None:
+                replaced.finish(report)
+                own.restore(replaced.export())
+        finally:
+            self.editor, self._readout = own_editor, own
+
+    def _snapshot(self) -> Snapshot:
+        arrays: Arrays = {f"state.{name}": array.copy() for name, array in self._buffers.past.items()}
+        if self._readout and self._readout.count:
+            arrays |= self._readout.export()
+        if self._last_logits is not None:
+            arrays["last_logits"] = self._last_logits.copy()
+        editor = self.editor.to_dict() if self.editor else None
+        return Snapshot(self.model.manifest.identity, self.position, self.edit, editor, arrays)
+
+    def _restore(self, snapshot: Snapshot) -> None:
+        for name, array in self._buffers.past.items():
+            np.copyto(array, snapshot.arrays[f"state.{name}"])
+        self.position = snapshot.position
+        self.edit = snapshot.edit
+        self._edit[0] = snapshot.edit
+        last = snapshot.arrays.get("last_logits")
+        self._last_logits = None if last is None else last.copy()
+        editor = Editor.from_dict(snapshot.editor) if snapshot.editor else None
+        if editor != self.editor:
+            self.editor, self._readout = editor, self._open_editor(editor)
+        if self._readout:
+            self._readout.count = 0
+            if "pending.targets" in snapshot.arrays:
+                self._readout.restore(snapshot.arrays)
+
+    @contextlib.contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        if not self._lock.acquire(blocking=False):
+            raise UsageError("the session is in use by another thread; give each stream a session of its own")
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    @contextlib.contextmanager
+    def _transaction(self, tokens: int) -> Iterator[None]:
+        """Undo a call that does not reach its end, Ctrl-C included.
+
+        One segment without an update leaves its past in the other buffer set: nothing is copied.
+        """
+        learns = self._readout is not None and self._readout.will_learn(tokens)
+        cheap = tokens <= SEGMENT and not learns
+        before = None if cheap else self._snapshot()
+        side, position, last = self._buffers.current, self.position, self._last_logits
+        count = self._readout.count if self._readout else 0
+        editor, readout = self.editor, self._readout
+        try:
+            yield
+        except BaseException:
+            self.editor, self._readout = editor, readout
+            self._buffers.current = side
+            self.position, self._last_logits = position, last
+            if before is not None:
+                self._restore(before)
+            elif self._readout:
+                self._readout.count = count
+            raise
+
+
+def checked_edit(edit: float | Sequence[float], layers: int) -> tuple[float, ...]:
+    """Edit strength per layer from one number or one per layer.
+
+    Raises:
+        UsageError: a value lies outside 0..1, or the length is not the model's number of layers.
+    """
+    try:
+        values = [float(x) for x in edit] if isinstance(edit, Sequence | np.ndarray) else [float(edit)] * layers
+    except (TypeError, ValueError):
+        raise UsageError(f"edit is {edit!r}; it must be a number from 0 to 1, or one per layer") from None
+    if len(values) != layers:
+        raise UsageError(f"edit has {len(values)} values; the model has {layers} layers")
+    for value in values:
+        if not 0 <= value <= 1:
+            raise UsageError(f"edit is {value}; it must lie between 0 and 1")
+    return tuple(values)
+
+
+def _width(shape: tuple[int | str, ...]) -> int:
+    width = shape[-1]
+    if not isinstance(width, int):
+        raise TitansError("titans.json: the last axis of readout_key must have a size")
+    return width

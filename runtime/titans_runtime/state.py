@@ -1,0 +1,193 @@
+"""The state of one stream: buffers in two alternating sets, snapshots, and the memory file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load as load_arrays
+from safetensors.numpy import save as save_arrays
+
+from titans_runtime.backends import DTYPES, Array, Arrays
+from titans_runtime.errors import StateError
+from titans_runtime.files import write_atomically
+from titans_runtime.json_reader import canonical, parse_object
+from titans_runtime.manifest import Manifest
+
+FORMAT_VERSION = 1
+_METADATA_KEY = "titans"
+_FIELDS = ("format_version", "bundle", "position", "edit", "editor", "digest")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A session's whole state at one moment; restoring it continues bit for bit.
+
+    Attributes:
+        bundle: identity of the bundle that it belongs to.
+        position: tokens seen.
+        edit: edit strength per layer.
+        editor: specification of the session's editor, or None.
+        arrays: copies, by name: ``state.<name>``, ``pending.<name>`` and, once a token was seen,
+            ``last_logits``.
+    """
+
+    bundle: str
+    position: int
+    edit: tuple[float, ...]
+    editor: dict[str, Any] | None
+    arrays: Arrays = field(repr=False)
+
+
+class StateBuffers:
+    """State tensors of a batch. Graphs read set ``current`` and write the other; then the two swap.
+
+    One buffer for past and present would let a graph overwrite what it still reads. Entries that
+    the model leaves unchanged have one buffer, which both sets share.
+    """
+
+    def __init__(self, manifest: Manifest, batch: int) -> None:
+        """Allocate both sets, filled with the schema's initial values."""
+        outputs = {tensor.name for tensor in manifest.graphs["model"].outputs}
+        first: Arrays = {}
+        second: Arrays = {}
+        for entry in manifest.state:
+            shape = (batch, *entry.row_shape)
+            first[entry.name] = np.full(shape, entry.initial, DTYPES[entry.dtype])
+            changes = f"present.{entry.name}" in outputs
+            second[entry.name] = np.empty_like(first[entry.name]) if changes else first[entry.name]
+        self.sets = (first, second)
+        self.current = 0
+
+    @property
+    def past(self) -> Arrays:
+        """The state as it stands."""
+        return self.sets[self.current]
+
+    @property
+    def spare(self) -> Arrays:
+        """Where the next call writes."""
+        return self.sets[1 - self.current]
+
+    def swap(self) -> None:
+        """Take what a call has written as the state."""
+        self.current = 1 - self.current
+
+
+def save_snapshot(snapshot: Snapshot, path: Path) -> None:
+    """Write a memory file, atomically.
+
+    Raises:
+        StateError: a value is not finite; nothing is written.
+        EnvironmentProblem: the file cannot be written; an older one is untouched.
+    """
+    _check_finite(snapshot.arrays, "the session")
+    header = {
+        "format_version": FORMAT_VERSION,
+        "bundle": snapshot.bundle,
+        "position": snapshot.position,
+        "edit": list(snapshot.edit),
+        "editor": snapshot.editor,
+    }
+    header["digest"] = _digest(header, snapshot.arrays)
+    content = save_arrays(snapshot.arrays, {_METADATA_KEY: json.dumps(header)})
+    write_atomically(path, content)
+
+
+def load_snapshot(path: Path, manifest: Manifest) -> Snapshot:
+    """Read a memory file for the bundle of ``manifest``.
+
+    Raises:
+        StateError: no memory file, damaged, of another format version, of another bundle, or its
+            tensors do not fit.
+    """
+    header, data = _open(path)
+    if header["bundle"] != manifest.identity:
+        raise StateError(
+            f"{path}: the memory of bundle {str(header['bundle'])[:12]}…, not of {manifest.identity[:12]}…; "
+            "open it with the bundle it was saved under"
+        )
+    arrays = _arrays(path, data, header)
+    _check_shapes(path, arrays, manifest)
+    _check_finite(arrays, str(path))
+    edit = header["edit"]
+    if len(edit) != manifest.edit_layers or not all(type(x) in (int, float) and 0 <= x <= 1 for x in edit):
+        raise StateError(f"{path}: edit must be {manifest.edit_layers} numbers between 0 and 1")
+    return Snapshot(header["bundle"], header["position"], tuple(edit), header["editor"], arrays)
+
+
+def describe_snapshot(path: Path) -> dict[str, Any]:
+    """Header and tensor shapes of a memory file, after its digest has been checked.
+
+    Raises:
+        StateError: no memory file, or damaged.
+    """
+    header, data = _open(path)
+    arrays = _arrays(path, data, header)
+    shapes = {name: list(array.shape) for name, array in sorted(arrays.items())}
+    return header | {"tensors": shapes, "bytes": len(data)}
+
+
+def _open(path: Path) -> tuple[dict[str, Any], bytes]:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise StateError(f"{path}: cannot be read ({error.strerror})") from None
+    try:
+        (length,) = struct.unpack("<Q", data[:8])
+        tensors = parse_object(data[8 : 8 + length], str(path))
+        header = parse_object(tensors["__metadata__"][_METADATA_KEY].encode(), str(path))
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError):
+        raise StateError(f"{path}: no memory file of this project, or damaged") from None
+    version = header.get("format_version")
+    if version != FORMAT_VERSION:
+        raise StateError(f"{path}: memory format {version}; this runtime reads {FORMAT_VERSION}")
+    if sorted(header) != sorted(_FIELDS) or type(header["position"]) is not int or header["position"] < 0:
+        raise StateError(f"{path}: the header is damaged; restore the file from a copy")
+    if not isinstance(header["edit"], list) or not isinstance(header["editor"], dict | None):
+        raise StateError(f"{path}: the header is damaged; restore the file from a copy")
+    return header, data
+
+
+def _arrays(path: Path, data: bytes, header: Mapping[str, Any]) -> Arrays:
+    try:
+        arrays: Arrays = load_arrays(data)
+    except Exception:  # noqa: BLE001 - safetensors raises a type of its own
+        raise StateError(f"{path}: damaged or truncated; restore the file from a copy") from None
+    content = {name: value for name, value in header.items() if name != "digest"}
+    if _digest(content, arrays) != header["digest"]:
+        raise StateError(f"{path}: its content does not match its digest; restore the file from a copy")
+    return arrays
+
+
+def _digest(header: Mapping[str, Any], arrays: Mapping[str, Array]) -> str:
+    digest = hashlib.sha256(canonical(dict(header)))
+    for name in sorted(arrays):
+        array = arrays[name]
+        digest.update(canonical([name, array.dtype.name, list(array.shape)]))
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def _check_shapes(path: Path, arrays: Arrays, manifest: Manifest) -> None:
+    for entry in manifest.state:
+        array = arrays.get(f"state.{entry.name}")
+        if array is None:
+            raise StateError(f"{path}: tensor state.{entry.name} is missing")
+        if array.shape != (1, *entry.row_shape) or array.dtype != DTYPES[entry.dtype]:
+            raise StateError(
+                f"{path}: state.{entry.name} is {array.dtype.name} {array.shape}; "
+                f"expected {entry.dtype} {(1, *entry.row_shape)}"
+            )
+
+
+def _check_finite(arrays: Mapping[str, Array], where: str) -> None:
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise StateError(f"{where}: {name} holds values that are not finite; restore an older snapshot")

@@ -1,0 +1,170 @@
+"""Replaying a bundle's goldens: does this machine compute what the exporter's reference computed?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load as load_arrays
+
+from titans_runtime.backends import DTYPES, Array, Arrays, Backend
+from titans_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from titans_runtime.bundle import GOLDENS_NAME, Bundle, open_bundle
+from titans_runtime.errors import BundleError, CheckFailed
+from titans_runtime.manifest import GraphSpec, TensorSpec
+
+
+@dataclass(frozen=True)
+class Check:
+    """One output of one call.
+
+    Attributes:
+        name: ``<case>.<graph>.<call>.<tensor>``.
+        error: largest absolute difference.
+        limit: largest allowed: ``atol + rtol · max |expected|``; 0 for integers.
+    """
+
+    name: str
+    error: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within the limit; NaN is not."""
+        return bool(self.error <= self.limit)
+
+
+@dataclass(frozen=True)
+class VerificationReport:
+    """All checks of a bundle."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return all(check.passed for check in self.checks)
+
+    def lines(self) -> list[str]:
+        """One line a check, and a closing one."""
+        lines = [
+            f"{'✓' if check.passed else '✗'} {check.name:<52} error {check.error:.2e}, limit {check.limit:.2e}"
+            for check in self.checks
+        ]
+        failed = sum(not check.passed for check in self.checks)
+        total = len(self.checks)
+        return [*lines, f"FAILED: {failed} of {total} outputs" if failed else f"PASSED: {total} outputs"]
+
+    def raise_if_failed(self) -> None:
+        """Turn a failed check into an error.
+
+        Raises:
+            CheckFailed: names the first output that failed.
+        """
+        if not self.passed:
+            worst = next(check for check in self.checks if not check.passed)
+            raise CheckFailed(
+                f"verification failed: {worst.name} is off by {worst.error:.2e}, limit {worst.limit:.2e}"
+            )
+
+
+def verify(
+    folder: str | Path,
+    atol: Mapping[str, float] | None = None,
+    rtol: float | None = None,
+    providers: Sequence[str] | None = None,
+    threads: int | None = None,
+) -> VerificationReport:
+    """Replay every golden of a bundle.
+
+    Args:
+        folder: the bundle.
+        atol: absolute tolerance by output name; the name ``""`` sets it for all outputs not named.
+        rtol: tolerance relative to the largest expected value of the output.
+        providers: see :func:`titans_runtime.load`.
+        threads: likewise.
+
+    Raises:
+        BundleError: the bundle or its goldens are damaged.
+    """
+    bundle = open_bundle(folder)
+    tolerances = bundle.manifest.tolerances
+    limits = {"": tolerances["atol"], **(atol or {})}
+    relative = tolerances["rtol"] if rtol is None else rtol
+    backend = OnnxRuntimeBackend(bundle, providers, threads)
+    checks = []
+    for name, actual, expected in _replay(bundle, backend):
+        tensor = name.split(".", 3)[-1] if ".gradient." not in name else name.split(".", 4)[-1]
+        exact = expected.dtype.kind in "iu"
+        scale = float(np.abs(expected).max(initial=0))
+        limit = 0.0 if exact else limits.get(tensor, limits[""]) + relative * scale
+        checks.append(Check(name, _difference(actual, expected), limit))
+    if not checks:
+        raise BundleError(f"{bundle.folder}: {GOLDENS_NAME} holds no expected outputs; export again")
+    return VerificationReport(tuple(checks))
+
+
+def _difference(actual: Array, expected: Array) -> float:
+    if actual.shape != expected.shape:
+        return float("inf")
+    return float(np.abs(actual.astype(np.float64) - expected.astype(np.float64)).max(initial=0.0))
+
+
+def _replay(bundle: Bundle, backend: Backend) -> Iterator[tuple[str, Array, Array]]:
+    """Yield the name, the computed and the expected value of every golden output."""
+    try:
+        goldens: Arrays = load_arrays(bundle.read(GOLDENS_NAME))
+    except BundleError:
+        raise
+    except Exception as error:  # noqa: BLE001 - safetensors raises a type of its own
+        raise BundleError(f"{bundle.folder / GOLDENS_NAME}: damaged ({error})") from None
+    graphs = sorted({_case_and_graph(name) for name in goldens})
+    for case, graph in graphs:
+        spec = bundle.manifest.graphs[graph]
+        carried: Arrays = {}
+        call = 0
+        while f"{case}.{graph}.{call}.input.input_ids" in goldens:
+            prefix = f"{case}.{graph}.{call}."
+            inputs = _part(goldens, f"{prefix}input.")
+            outputs = _run(bundle, backend, spec, graph, inputs, carried)
+            for name, expected in _part(goldens, f"{prefix}output.").items():
+                yield prefix + name, outputs[name], expected
+            carried |= {name: array for name, array in inputs.items() if name.startswith("past.")}
+            carried |= {
+                name.replace("present.", "past.", 1): array
+                for name, array in outputs.items()
+                if name.startswith("present.")
+            }
+            call += 1
+
+
+def _case_and_graph(name: str) -> tuple[str, str]:
+    case, *rest = name.split(".")
+    graph = ".".join(rest[:2]) if rest[0] == "gradient" else rest[0]
+    return case, graph
+
+
+def _part(arrays: Arrays, prefix: str) -> Arrays:
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+
+
+def _run(
+    bundle: Bundle, backend: Backend, spec: GraphSpec, graph: str, given: Arrays, carried: Arrays
+) -> Arrays:
+    batch, tokens = given["input_ids"].shape
+    axes = {"batch": batch, "tokens": tokens}
+    initial = {f"past.{entry.name}": entry.initial for entry in bundle.manifest.state}
+
+    def buffer(tensor: TensorSpec) -> Array:
+        shape = tuple(axes[axis] if isinstance(axis, str) else axis for axis in tensor.shape)
+        return np.full(shape, initial.get(tensor.name, 0), DTYPES[tensor.dtype])
+
+    inputs = {}
+    for tensor in spec.inputs:
+        value = given.get(tensor.name, carried.get(tensor.name))
+        inputs[tensor.name] = buffer(tensor) if value is None else np.ascontiguousarray(value)
+    outputs = {tensor.name: buffer(tensor) for tensor in spec.outputs}
+    backend.graph(graph).bind(inputs, outputs).run()
+    return outputs

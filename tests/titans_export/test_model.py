@@ -1,0 +1,147 @@
+"""The reference model: streams, batches, and the readout memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.titans_export.memory_inputs import relative_error
+from titans_export.config import PRESETS, ModelConfig
+from titans_export.memory import token_loop
+from titans_export.memory.readout import readout_gradient
+from titans_export.model import State, TitansModel, initial_state, state_schema
+from titans_runtime.errors import DataError, UsageError
+
+CONFIG = PRESETS["tiny"]
+
+
+@pytest.fixture(scope="module")
+def model() -> TitansModel:
+    torch.manual_seed(0)
+    return TitansModel(CONFIG).double().eval()
+
+
+def _ids(tokens: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(CONFIG.vocab_size, (batch, tokens), generator=generator)
+
+
+def _state(batch: int = 1) -> State:
+    state = initial_state(CONFIG, batch, torch.float64)
+    state["readout"] += 0.1 * torch.randn(state["readout"].shape, generator=torch.Generator().manual_seed(1))
+    return state
+
+
+def _edit(value: float, batch: int = 1) -> torch.Tensor:
+    return torch.full((batch, CONFIG.layers), value, dtype=torch.float64)
+
+
+@given(cuts=st.lists(st.integers(1, 39), max_size=4), edit=st.sampled_from([0.0, 0.5, 1.0]))
+@settings(max_examples=15, deadline=None)
+@torch.no_grad()
+def test_cuts_of_a_stream_change_nothing(model: TitansModel, cuts: list[int], edit: float) -> None:
+    ids, state = _ids(40), _state()
+    whole = model(ids, _edit(edit), state)
+    logits, past = [], state
+    edges = [0, *sorted(set(cuts)), 40]
+    for start, end in zip(edges, edges[1:], strict=False):
+        part = model(ids[:, start:end], _edit(edit), past)
+        logits.append(part.logits)
+        past = past | part.state
+    assert relative_error(torch.cat(logits, dim=1), whole.logits) <= 1e-12
+    for name, tensor in whole.state.items():
+        if tensor.is_floating_point():
+            assert relative_error(past[name], tensor) <= 1e-12
+        else:
+            assert torch.equal(past[name], tensor)
+
+
+@torch.no_grad()
+def test_batch_rows_are_independent(model: TitansModel) -> None:
+    ids, state = _ids(19, batch=3), _state(3)
+    edit = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.3, 0.7]], dtype=torch.float64)
+    together = model(ids, edit, state).logits
+    for row in range(3):
+        one = slice(row, row + 1)
+        alone = model(ids[one], edit[one], {name: tensor[one] for name, tensor in state.items()}).logits
+        assert relative_error(alone[0], together[row]) <= 1e-12
+
+
+@torch.no_grad()
+def test_every_memory_rule_gives_the_same_logits(model: TitansModel) -> None:
+    slow = TitansModel(CONFIG, lambda *inputs, tile: token_loop(*inputs)).double()
+    slow.load_state_dict(model.state_dict())
+    single = TitansModel(CONFIG)
+    single.load_state_dict(model.state_dict())
+    ids, state = _ids(50), _state()
+    expected = slow(ids, _edit(1.0), state).logits
+    assert relative_error(model(ids, _edit(1.0), state).logits, expected) <= 1e-12
+    state32 = {n: t.float() if t.is_floating_point() else t for n, t in state.items()}
+    assert relative_error(single(ids, _edit(1.0).float(), state32).logits, expected) <= 1e-4
+
+
+@torch.no_grad()
+def test_later_tokens_change_no_earlier_logits(model: TitansModel) -> None:
+    ids, state = _ids(30), _state()
+    changed = ids.clone()
+    changed[:, 20:] = (changed[:, 20:] + 1) % CONFIG.vocab_size
+    before, after = (model(x, _edit(1.0), state).logits for x in (ids, changed))
+    assert torch.equal(before[:, :20], after[:, :20])
+    assert not torch.equal(before[:, 20:], after[:, 20:])
+
+
+def test_readout_gradient_equals_autograd() -> None:
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.tensor([[3, 0, 7], [1, 1, -1]])
+    key = torch.randn(2, 3, 5, generator=generator, dtype=torch.float64)
+    base = torch.randn(2, 3, 8, generator=generator, dtype=torch.float64)
+    readout = torch.randn(2, 5, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    logits = base + key @ readout
+    losses = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), targets, ignore_index=-1, reduction="none"
+    )
+    (expected,) = torch.autograd.grad(losses.sum(), readout)
+    scored, loss, gradient = readout_gradient(targets, readout.detach(), key, base)
+    assert torch.allclose(scored, logits)
+    assert torch.allclose(loss, losses.detach())
+    assert torch.allclose(gradient, expected)
+    assert loss[1, 2] == 0
+
+
+@torch.no_grad()
+def test_readout_key_tells_contexts_apart(model: TitansModel) -> None:
+    """The one-hot part names the last tokens: equal for equal contexts, from whatever call they came."""
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10, 1, 2, 5, 6, 7, 8, 9, 10]])
+    key = model(ids, _edit(0.0), _state()).readout_key[0, :, CONFIG.d_model :]
+    assert torch.equal(key[5], key[13])
+    assert not torch.equal(key[5], key[6])
+    assert key.sum(-1).tolist() == [CONFIG.readout_context_scale * len(CONFIG.readout_contexts)] * 14
+
+
+def test_state_schema_is_the_initial_state() -> None:
+    state = initial_state(CONFIG, 3)
+    assert {name: (tuple(t.shape[1:]), t.dtype) for name, t in state.items()} == {
+        name: tuple(entry) for name, entry in state_schema(CONFIG).items()
+    }
+
+
+def test_presets_have_the_sizes_they_claim() -> None:
+    def parameters(name: str) -> int:
+        with torch.device("meta"):
+            return sum(p.numel() for p in TitansModel(PRESETS[name]).parameters())
+
+    assert 1_000_000 <= parameters("nano") <= 2_000_000
+    assert parameters("base") == pytest.approx(28e6, rel=0.03)
+    assert parameters("wide") == pytest.approx(165e6, rel=0.02)
+
+
+def test_config_round_trip_and_refusals() -> None:
+    assert ModelConfig.from_dict(CONFIG.to_dict()) == CONFIG
+    with pytest.raises(DataError, match="unknown field 'depth'"):
+        ModelConfig.from_dict({"depth": 2})
+    with pytest.raises(DataError, match="layers is '2'; expected int"):
+        ModelConfig.from_dict({"layers": "2"})
+    with pytest.raises(UsageError, match="d_model is 0"):
+        ModelConfig(d_model=0)
