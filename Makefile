@@ -9,12 +9,12 @@ PYTEST_WORKERS ?= auto
 export MPLBACKEND := Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help setup venv demo test test-slow lint format typecheck wheels clean
+.PHONY: help setup demo test test-slow lint format typecheck wheels clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-setup venv: $(STAMP) ## set up .venv with the pinned versions, when something changed
+setup: $(STAMP) ## set up .venv with the pinned versions, when something changed
 
 # torch first and alone: see constraints.txt. The build backend before the editable installs, so that they need no
 # isolated build, whose own dependencies no constraint would pin.

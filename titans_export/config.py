@@ -119,8 +119,6 @@ PRESETS: dict[str, ModelConfig] = {
     "nano": ModelConfig(),
     "base": ModelConfig(d_model=512, layers=8, heads=8, d_ff=2048),
     "wide": ModelConfig(d_model=1024, layers=12, heads=16, d_ff=4096),
-    "tiny": ModelConfig(
-        d_model=32, layers=2, heads=2, head_dim=16, d_ff=64, tile=8, readout_buckets=16
-    ),
+    "tiny": ModelConfig(d_model=32, layers=2, heads=2, head_dim=16, d_ff=64, tile=8, readout_buckets=16),
 }
 """Named sizes: ``nano`` is trained and shipped, ``base`` and ``wide`` serve latency work, ``tiny`` tests."""

@@ -34,9 +34,7 @@ _LEAST_ONNXRUNTIME = "1.23"  # the first whose kernels cover opset 23
 Report = Callable[[str], None]
 
 
-def export_bundle(
-    checkpoint: Path, bundle: Path, report: Report = lambda line: None
-) -> VerificationReport:
+def export_bundle(checkpoint: Path, bundle: Path, report: Report = lambda _: None) -> VerificationReport:
     """Export a checkpoint and verify the result against the PyTorch model's token loop.
 
     The bundle is built beside ``bundle`` and moved into place once it has been verified.
@@ -95,7 +93,8 @@ def _manifest(
     config = model.config
     return bundles.Manifest.create(
         producer={
-            name: version(name) for name in ("titans-export", "titans-converters", "torch", "onnx", "onnxscript")
+            name: version(name)
+            for name in ("titans-export", "titans-converters", "torch", "onnx", "onnxscript")
         },
         requires={"onnxruntime": _LEAST_ONNXRUNTIME, "ir_version": _IR_VERSION, "opset": OPSET},
         model=config.to_dict(),

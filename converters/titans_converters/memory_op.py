@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 DOMAIN: Final = "titans"
@@ -21,10 +22,12 @@ INPUTS: Final = (
 )
 OUTPUTS: Final = ("output", "present_memory", "present_momentum")
 
+Attribute = int | float | str | bool | Sequence[int] | Sequence[float] | Sequence[str] | Sequence[bool]
+
 ATTRIBUTES: Final = ("tile", "plugin_namespace", "plugin_version", "aot")
 
 
-def node_attributes(tile: int) -> dict[str, int | str]:
+def node_attributes(tile: int) -> dict[str, Attribute]:
     """Attributes that every node carries.
 
     ``tile``: tokens that the body takes at once. The other three are what TensorRT's parser needs

@@ -1,10 +1,10 @@
 """Run and edit exported Titans models on NumPy and ONNX Runtime alone.
 
-    import titans_runtime as tr
+import titans_runtime as tr
 
-    model = tr.load("bundle/")
-    session = model.session()
-    logits = session.append(b"import ")
+model = tr.load("bundle/")
+session = model.session()
+logits = session.append(b"import ")
 """
 
 from __future__ import annotations

@@ -11,9 +11,12 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points, version
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from titans_runtime.errors import TitansError, UsageError
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[Any]
 
 _EXPORT_COMMANDS = {
     "train": "train a model",
@@ -72,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_verify(commands: Subparsers) -> None:
     parser = commands.add_parser("verify", help="replay a bundle's goldens on this machine")
     parser.add_argument("bundle", type=Path)
     parser.add_argument(
@@ -84,14 +87,14 @@ def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.set_defaults(handler=_lazily("verify"))
 
 
-def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_inspect(commands: Subparsers) -> None:
     parser = commands.add_parser("inspect", help="describe a bundle or a memory file; loads no weights")
     parser.add_argument("path", type=Path, metavar="BUNDLE|MEMORY")
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(handler=_lazily("inspect"))
 
 
-def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_run(commands: Subparsers) -> None:
     parser = commands.add_parser("run", help="score a file in bits per byte, learning as it streams")
     parser.add_argument("bundle", type=Path)
     parser.add_argument("file", metavar="FILE", help="any file; - is standard input")
@@ -101,7 +104,7 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.set_defaults(handler=_lazily("run"))
 
 
-def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_generate(commands: Subparsers) -> None:
     parser = commands.add_parser("generate", help="continue a text")
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--prompt", default="", metavar="TEXT")
@@ -120,9 +123,7 @@ def _add_editing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-edit", action="store_true", help="no editing at all; default: as the manifest recommends"
     )
-    parser.add_argument(
-        "--edit", type=float, default=None, metavar="0..1", help="strength of the fused rule"
-    )
+    parser.add_argument("--edit", type=float, default=None, metavar="0..1", help="strength of the fused rule")
     parser.add_argument(
         "--editor", default=None, metavar="SPEC", help="for example readout:step=1,chunk=4; or none"
     )
@@ -145,7 +146,7 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_missing(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_missing(commands: Subparsers) -> None:
     """Without titans-export its commands are still known, and say what brings them."""
     for name, purpose in _EXPORT_COMMANDS.items():
         parser = commands.add_parser(name, help=f"{purpose} (needs titans-export)", add_help=False)

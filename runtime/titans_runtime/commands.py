@@ -14,7 +14,7 @@ from titans_runtime.bundle import MANIFEST_NAME, open_bundle
 from titans_runtime.editor import Editor
 from titans_runtime.errors import DataError, UsageError
 from titans_runtime.progress import progress_bar
-from titans_runtime.session import RECOMMENDED, Session, load
+from titans_runtime.session import RECOMMENDED, SEGMENT, Session, load
 from titans_runtime.state import describe_snapshot
 from titans_runtime.verify import verify as verify_bundle
 
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     text = _read(args.file)
     session = _open_session(args)
     starts = progress_bar(
-        scoring.segment_starts(len(text)), "scoring", unit="B", scale=min(len(text), scoring.SEGMENT)
+        scoring.segment_starts(len(text)), "scoring", unit="B", scale=min(len(text), SEGMENT)
     )
     score = scoring.score(session, text, starts)
     if args.state_out:

@@ -1,4 +1,4 @@
-"""The manifest ``titans.json``: frozen dataclasses with explicit checks. ``docs/format.md`` lists every field."""
+"""The manifest ``titans.json``, as frozen dataclasses with explicit checks; see ``docs/format.md``."""
 
 from __future__ import annotations
 
@@ -137,7 +137,9 @@ class Manifest:
             tokenizer=reader.choice("tokenizer", ("bytes",)),
             vocab_size=reader.integer("vocab_size", 1),
             edit_layers=reader.integer("edit_layers", 0),
-            graphs={name: _graph(value, f"graphs.{name}") for name, value in reader.mapping("graphs").items()},
+            graphs={
+                name: _graph(value, f"graphs.{name}") for name, value in reader.mapping("graphs").items()
+            },
             state=tuple(_state(value, f"state[{i}]") for i, value in enumerate(reader.array("state"))),
             tolerances=_tolerances(reader),
             recommended=_recommended(reader),
@@ -215,9 +217,7 @@ class _Fields:
     def choice(self, name: str, choices: tuple[str, ...]) -> str:
         value = self.string(name)
         if value not in choices:
-            raise BundleError(
-                f"titans.json: {self._where}: {name} is {value!r}; known: {', '.join(choices)}"
-            )
+            raise BundleError(f"titans.json: {self._where}: {name} is {value!r}; known: {', '.join(choices)}")
         return value
 
     def digest(self, name: str) -> str:
@@ -228,7 +228,7 @@ class _Fields:
 
     def number(self, name: str) -> float:
         self._read.add(name)
-        value = self._content.get(name)
+        value: Any = self._content.get(name)
         if type(value) not in (int, float) or not math.isfinite(value):
             raise BundleError(f"titans.json: {self._where}: {name} must be a finite number")
         return float(value)
@@ -249,13 +249,14 @@ class _Fields:
 
 def _requires(reader: _Fields) -> dict[str, Any]:
     fields = _Fields(reader.mapping("requires"), "requires")
+    onnxruntime = fields.string("onnxruntime")
     content = {
-        "onnxruntime": fields.string("onnxruntime"),
+        "onnxruntime": onnxruntime,
         "ir_version": fields.integer("ir_version", 1),
         "opset": fields.integer("opset", 1),
     }
-    if not all(part.isdigit() for part in content["onnxruntime"].split(".")):
-        raise BundleError(f"titans.json: requires: onnxruntime is {content['onnxruntime']!r}; no version")
+    if not all(part.isdigit() for part in onnxruntime.split(".")):
+        raise BundleError(f"titans.json: requires: onnxruntime is {onnxruntime!r}; no version")
     fields.end()
     return content
 

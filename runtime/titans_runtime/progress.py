@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 from titans_runtime.errors import EnvironmentProblem
@@ -31,7 +31,7 @@ def progress_bar(
     except EnvironmentProblem:  # a bar is a comfort, not a need
         yield from items
         return
-    total = len(items) * (scale or 1) if hasattr(items, "__len__") else None
+    total = len(items) * (scale or 1) if isinstance(items, Sized) else None
     with tqdm.tqdm(total=total, desc=description, unit=unit, unit_scale=bool(scale), leave=False) as bar:
         for item in items:
             yield item

@@ -81,7 +81,7 @@ class Model:
     def session(
         self,
         edit: float | Sequence[float] | _Recommended = RECOMMENDED,
-        editor: Editor | None | _Recommended = RECOMMENDED,
+        editor: Editor | _Recommended | None = RECOMMENDED,
     ) -> Session:
         """A new stream with an empty memory.
 
@@ -414,7 +414,9 @@ def checked_edit(edit: float | Sequence[float], layers: int) -> tuple[float, ...
         UsageError: a value lies outside 0..1, or the length is not the model's number of layers.
     """
     try:
-        values = [float(x) for x in edit] if isinstance(edit, Sequence | np.ndarray) else [float(edit)] * layers
+        values = (
+            [float(x) for x in edit] if isinstance(edit, Sequence | np.ndarray) else [float(edit)] * layers
+        )
     except (TypeError, ValueError):
         raise UsageError(f"edit is {edit!r}; it must be a number from 0 to 1, or one per layer") from None
     if len(values) != layers:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from titans_runtime.errors import TokenError
 
-Tokens = Sequence[int] | npt.NDArray[np.integer] | bytes
+Tokens = Sequence[int] | npt.NDArray[np.integer] | bytes | bytearray
 """Ids as a sequence or an integer array of rank 1; ``bytes`` are ids of a byte vocabulary."""
 
 
@@ -19,9 +19,9 @@ def checked_tokens(tokens: Tokens, vocab_size: int) -> npt.NDArray[np.int64]:
     Raises:
         TokenError: empty, not of rank 1, not integers, or an id outside ``0 … vocab_size - 1``.
     """
-    if isinstance(tokens, str):
-        raise TokenError("tokens are a str; encode the text first, as in text.encode()")
     given = np.frombuffer(tokens, np.uint8) if isinstance(tokens, bytes | bytearray) else np.asarray(tokens)
+    if given.dtype.kind == "U":
+        raise TokenError("tokens are text; encode it first, as in text.encode()")
     if given.size == 0:
         raise TokenError("no tokens; give at least one")
     if given.ndim != 1:
@@ -31,7 +31,5 @@ def checked_tokens(tokens: Tokens, vocab_size: int) -> npt.NDArray[np.int64]:
     outside = (given < 0) | (given >= vocab_size)
     if outside.any():
         index = int(outside.argmax())
-        raise TokenError(
-            f"token {int(given[index])} at index {index}; ids run from 0 to {vocab_size - 1}"
-        )
+        raise TokenError(f"token {int(given[index])} at index {index}; ids run from 0 to {vocab_size - 1}")
     return given.astype(np.int64)

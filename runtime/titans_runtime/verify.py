@@ -35,6 +35,11 @@ class Check:
         """Whether the error is within the limit; NaN is not."""
         return bool(self.error <= self.limit)
 
+    def line(self) -> str:
+        """The check as a line for people."""
+        mark = "✓" if self.passed else "✗"
+        return f"{mark} {self.name:<52} error {self.error:.2e}, limit {self.limit:.2e}"
+
 
 @dataclass(frozen=True)
 class VerificationReport:
@@ -49,10 +54,7 @@ class VerificationReport:
 
     def lines(self) -> list[str]:
         """One line a check, and a closing one."""
-        lines = [
-            f"{'✓' if check.passed else '✗'} {check.name:<52} error {check.error:.2e}, limit {check.limit:.2e}"
-            for check in self.checks
-        ]
+        lines = [check.line() for check in self.checks]
         failed = sum(not check.passed for check in self.checks)
         total = len(self.checks)
         return [*lines, f"FAILED: {failed} of {total} outputs" if failed else f"PASSED: {total} outputs"]

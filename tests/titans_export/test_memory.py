@@ -18,9 +18,7 @@ from titans_export.memory.linear import segment_products, unit_lower_inverse
 @given(memory_cases)
 def test_float64_equals_token_loop(case: MemoryCase) -> None:
     inputs = case.tensors()
-    for actual, expected in zip(
-        neural_memory(**inputs, tile=TILE), token_loop(**inputs), strict=True
-    ):
+    for actual, expected in zip(neural_memory(**inputs, tile=TILE), token_loop(**inputs), strict=True):
         assert relative_error(actual, expected) <= 1e-12
 
 
@@ -28,9 +26,7 @@ def test_float64_equals_token_loop(case: MemoryCase) -> None:
 def test_float32_equals_token_loop(case: MemoryCase) -> None:
     inputs = case.tensors()
     single = {name: tensor.float() for name, tensor in inputs.items()}
-    for actual, expected in zip(
-        neural_memory(**single, tile=TILE), token_loop(**inputs), strict=True
-    ):
+    for actual, expected in zip(neural_memory(**single, tile=TILE), token_loop(**inputs), strict=True):
         assert torch.isfinite(actual).all()
         assert relative_error(actual, expected) <= 1e-4
 

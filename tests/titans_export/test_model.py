@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.titans_export.memory_inputs import relative_error
 from titans_export.config import PRESETS, ModelConfig
-from titans_export.memory import token_loop
+from titans_export.memory import MemoryOutput, token_loop
 from titans_export.memory.readout import readout_gradient
 from titans_export.model import State, TitansModel, initial_state, state_schema
 from titans_runtime.errors import DataError, UsageError
@@ -21,6 +23,11 @@ CONFIG = PRESETS["tiny"]
 def model() -> TitansModel:
     torch.manual_seed(0)
     return TitansModel(CONFIG).double().eval()
+
+
+def _token_loop_rule(*inputs: torch.Tensor, tile: int) -> MemoryOutput:
+    assert tile == CONFIG.tile
+    return token_loop(*inputs)
 
 
 def _ids(tokens: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
@@ -46,7 +53,7 @@ def test_cuts_of_a_stream_change_nothing(model: TitansModel, cuts: list[int], ed
     whole = model(ids, _edit(edit), state)
     logits, past = [], state
     edges = [0, *sorted(set(cuts)), 40]
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in itertools.pairwise(edges):
         part = model(ids[:, start:end], _edit(edit), past)
         logits.append(part.logits)
         past = past | part.state
@@ -71,7 +78,7 @@ def test_batch_rows_are_independent(model: TitansModel) -> None:
 
 @torch.no_grad()
 def test_every_memory_rule_gives_the_same_logits(model: TitansModel) -> None:
-    slow = TitansModel(CONFIG, lambda *inputs, tile: token_loop(*inputs)).double()
+    slow = TitansModel(CONFIG, _token_loop_rule).double()
     slow.load_state_dict(model.state_dict())
     single = TitansModel(CONFIG)
     single.load_state_dict(model.state_dict())

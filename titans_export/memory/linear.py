@@ -26,9 +26,7 @@ def one_token(
     past_momentum: Tensor,
 ) -> MemoryOutput:
     """The rule for ``T = 1``, as it is written: decode takes this path."""
-    return token_loop(
-        query, key, value, log_retention, log_momentum, step, edit, past_memory, past_momentum
-    )
+    return token_loop(query, key, value, log_retention, log_momentum, step, edit, past_memory, past_momentum)
 
 
 def tile_form(
@@ -124,9 +122,7 @@ def _advance(
     write = weights.write[:, :, n, at].transpose(-1, -2)  # (B, H, C, 1)
     write_momentum = weights.write_momentum[:, :, n, at].transpose(-1, -2)
     next_memory = (
-        weights.memory[:, :, n, at] * memory
-        + weights.momentum[:, :, n, at] * momentum
-        + key_t @ (write * u)
+        weights.memory[:, :, n, at] * memory + weights.momentum[:, :, n, at] * momentum + key_t @ (write * u)
     )
     next_momentum = weights.momentum_decay[:, :, n, at] * momentum + key_t @ (write_momentum * u)
     return next_memory, next_momentum

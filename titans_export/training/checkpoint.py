@@ -58,7 +58,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """
     try:
         return load_tensors(path.read_bytes())
-    except Exception as error:  # safetensors raises its own type, and plain OSError and ValueError
+    except Exception as error:  # noqa: BLE001 - safetensors raises its own type, and plain OSError and ValueError
         raise DataError(f"{path}: no readable tensors ({error})") from None
 
 

@@ -75,7 +75,7 @@ def train(
     folder: Path,
     command: str,
     progress: Progress = lambda steps: steps,
-    report: Report = lambda line: None,
+    report: Report = lambda _: None,
 ) -> TitansModel:
     """Train a model, or go on where a killed training left off, and write its checkpoint.
 
@@ -134,7 +134,7 @@ class _Trainer:
         loss = F.cross_entropy(logits.float().transpose(1, 2), targets)
         if not math.isfinite(float(loss.detach())):
             raise DataError(f"step {step}: the loss is not finite; train with a smaller --learning-rate")
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -223,7 +223,8 @@ def _float32_rule(*inputs: Tensor, tile: int) -> MemoryOutput:
 
 def _optimizers(model: TitansModel, config: TrainingConfig) -> list[torch.optim.Optimizer]:
     """Muon for the hidden matrices, AdamW for the rest."""
-    hidden, rest = [], []
+    hidden: list[Tensor] = []
+    rest: list[Tensor] = []
     for name, parameter in model.named_parameters():
         matrix = parameter.dim() == 2 and name.startswith("blocks.")
         (hidden if matrix and not name.endswith(("gates.weight", "convolution.weight")) else rest).append(

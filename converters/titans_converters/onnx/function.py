@@ -256,7 +256,7 @@ def neural_memory_function(tile: int) -> onnx.FunctionProto:
 
 
 def _inverse_by_doubling(tile: int) -> str:
-    """``X ← X - X (N ∘ mask_s) X`` for ``s = 1, 2, 4, … < C``; the first step, with ``X = I``, needs no product."""
+    """``X ← X - X (N ∘ mask_s) X`` for ``s = 1, 2, 4, … < C``; with ``X = I`` the first needs no product."""
     lines = ["i_identity = Equal(row, row_t)", "inverse_1 = Where(i_identity, f1, f0)"]
     size, name = 1, "inverse_1"
     while size < tile:

@@ -108,7 +108,9 @@ def _state_axes(model: ir.Model, program: Program) -> None:
         for index, axis in enumerate(axes):
             traced = value.shape[index] if value.shape is not None else None
             if isinstance(axis, str) and isinstance(traced, int):
-                raise ValueError(f"program {program.name}: {value.name} has its axis {axis} fixed at {traced}")
+                raise ValueError(
+                    f"program {program.name}: {value.name} has its axis {axis} fixed at {traced}"
+                )
         value.shape = ir.Shape(axes)
 
 

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-
 from titans_runtime.backends import Array, Call, Graph
 from titans_runtime.bundle import WEIGHTS_NAME, Bundle
 from titans_runtime.errors import BundleError, EnvironmentProblem
@@ -105,7 +104,7 @@ class OnnxRuntimeCall:
         """Wrap the arrays as OrtValues, which share their memory."""
         self._session = session
         self._binding = session.io_binding()
-        self._values = []  # kept: the binding holds no reference to them
+        self._values: list[Any] = []  # kept: the binding holds no reference to them
         for name, array in inputs.items():
             self._binding.bind_ortvalue_input(name, self._value(ort, array))
         for name, array in outputs.items():
@@ -165,5 +164,3 @@ def _check_interface(session: onnxruntime.InferenceSession, spec: Any, bundle: B
             raise BundleError(
                 f"{bundle.folder / spec.file}: its {kind} are not those that titans.json states; export again"
             )
-
-
