@@ -1,0 +1,162 @@
+"""The operator's ONNX body in stock ONNX Runtime equals the token loop, whatever the gates and sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+from torch import Tensor
+
+from tests.titans_export.memory_inputs import MemoryCase, memory_cases, relative_error
+from titans_converters import memory_op
+from titans_converters.onnx.function import OPSET, neural_memory_function
+from titans_export.memory import token_loop
+
+TILES = (1, 2, 3, 5, 8, 12, 32)
+_SHAPES = {
+    "query": "BHTK",
+    "key": "BHTK",
+    "value": "BHTV",
+    "log_retention": "BHT",
+    "log_momentum": "BHT",
+    "step": "BHT",
+    "edit": "B",
+    "past_memory": "BHKV",
+    "past_momentum": "BHKV",
+    "output": "BHTV",
+    "present_memory": "BHKV",
+    "present_momentum": "BHKV",
+}
+
+
+def _model(tile: int) -> onnx.ModelProto:
+    """One node, every axis free."""
+    inputs, outputs = (
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, list(_SHAPES[name])) for name in names]
+        for names in (memory_op.INPUTS, memory_op.OUTPUTS)
+    )
+    node = helper.make_node(
+        memory_op.NAME,
+        memory_op.INPUTS,
+        memory_op.OUTPUTS,
+        domain=memory_op.DOMAIN,
+        **memory_op.node_attributes(tile),
+    )
+    graph = helper.make_graph([node], "one_memory", inputs, outputs)
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(memory_op.DOMAIN, memory_op.VERSION)]
+    return helper.make_model(
+        graph, functions=[neural_memory_function(tile)], opset_imports=opsets, ir_version=10
+    )
+
+
+@functools.cache
+def _session(tile: int) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    return ort.InferenceSession(_model(tile).SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _assert_equals_token_loop(inputs: dict[str, Tensor], tile: int) -> None:
+    feeds = {name: np.ascontiguousarray(tensor.float().numpy()) for name, tensor in inputs.items()}
+    outputs = _session(tile).run(list(memory_op.OUTPUTS), feeds)
+    for name, actual, expected in zip(memory_op.OUTPUTS, outputs, token_loop(**inputs), strict=True):
+        assert actual.shape == tuple(expected.shape), name
+        assert np.isfinite(actual).all(), name
+        assert relative_error(torch.from_numpy(actual), expected) <= 1e-4, name
+
+
+@st.composite
+def _cases_of_any_tile(draw: st.DrawFn) -> tuple[MemoryCase, int]:
+    tile = draw(st.sampled_from(TILES))
+    return dataclasses.replace(draw(memory_cases), tokens=draw(st.integers(1, 3 * tile + 1))), tile
+
+
+@given(_cases_of_any_tile())
+def test_body_equals_token_loop(case_and_tile: tuple[MemoryCase, int]) -> None:
+    case, tile = case_and_tile
+    _assert_equals_token_loop(case.tensors(), tile)
+
+
+@given(
+    case=memory_cases,
+    batch=st.integers(1, 2),
+    heads=st.integers(1, 3),
+    key_dim=st.integers(1, 16),
+    value_dim=st.integers(1, 5),
+)
+def test_one_session_takes_every_size(
+    case: MemoryCase, batch: int, heads: int, key_dim: int, value_dim: int
+) -> None:
+    """Sizes of one value after the other in one session: nothing in the body remembers an axis."""
+    sizes = {"B": batch, "H": heads, "T": case.tokens, "K": key_dim, "V": value_dim}
+    inputs = {
+        name: tensor[tuple(slice(sizes[axis]) for axis in _SHAPES[name])]
+        for name, tensor in case.tensors().items()
+    }
+    for name in ("query", "key"):
+        inputs[name] = torch.nn.functional.normalize(inputs[name], dim=-1)
+    _assert_equals_token_loop(inputs, tile=8)
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("edit", [0.0, 1.0])
+def test_repeated_key_at_every_tile_boundary(tile: int, edit: float) -> None:
+    """One key throughout, open gates, full steps: what a Neumann series loses in float32."""
+    for tokens in sorted({1, 2, max(tile - 1, 1), tile, tile + 1, 2 * tile, 3 * tile + 1}):
+        case = MemoryCase(tokens, 1, "near_one", "random", "one", repeated_keys=True, edit=(edit, edit))
+        decay = torch.full((2, 3, tokens), 0.9, dtype=torch.float64).log()
+        _assert_equals_token_loop(case.tensors() | {"log_momentum": decay}, tile)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 8, 25])
+def test_closed_gates(tokens: int) -> None:
+    """``-inf`` in both logs: the memory forgets everything at every token, and nothing is NaN."""
+    case = MemoryCase(tokens, 2, "zero", "zero", "one", repeated_keys=False, edit=(1.0, 0.0))
+    _assert_equals_token_loop(case.tensors(), tile=8)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 25])
+def test_step_zero_leaves_the_memory_untouched(tokens: int) -> None:
+    case = MemoryCase(tokens, 5, "one", "zero", "zero", repeated_keys=False, edit=(1.0, 0.0))
+    inputs = {name: tensor.float().numpy() for name, tensor in case.tensors().items()}
+    inputs["past_momentum"] = np.zeros_like(inputs["past_momentum"])
+    memory, momentum = _session(8).run(["present_memory", "present_momentum"], inputs)
+    assert np.array_equal(memory, inputs["past_memory"])
+    assert np.array_equal(momentum, inputs["past_momentum"])
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_checker_accepts_the_body(tile: int) -> None:
+    onnx.checker.check_model(_model(tile), full_check=True)
+
+
+def test_body_follows_the_operator_contract() -> None:
+    function = neural_memory_function(8)
+    assert (function.domain, function.name) == (memory_op.DOMAIN, memory_op.NAME)
+    assert tuple(function.input) == memory_op.INPUTS
+    assert tuple(function.output) == memory_op.OUTPUTS
+    assert tuple(function.attribute) == memory_op.ATTRIBUTES == tuple(memory_op.node_attributes(8))
+
+
+def test_body_uses_standard_operators_only() -> None:
+    function = neural_memory_function(8)
+    assert [(entry.domain, entry.version) for entry in function.opset_import] == [("", OPSET)]
+    assert OPSET <= 23
+    assert {node.domain for node in _all_nodes(function.node)} == {""}
+
+
+def _all_nodes(nodes: object) -> list[onnx.NodeProto]:
+    found = []
+    for node in nodes:  # type: ignore[attr-defined]
+        found.append(node)
+        for attribute in node.attribute:
+            found += _all_nodes(attribute.g.node)
+    return found
