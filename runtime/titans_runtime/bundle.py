@@ -95,15 +95,19 @@ def _check_folder(root: Path, manifest: Manifest) -> None:
                 "the file is truncated or altered, export or copy the bundle again"
             )
     listed = {*manifest.files, MANIFEST_NAME}
-    for found in sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if not path.is_dir()):
+    for found in sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if _is_file(path)):
         if found not in listed:
             raise BundleError(f"{root / found}: not listed in {MANIFEST_NAME}; remove it from the bundle")
+
+
+def _is_file(path: Path) -> bool:
+    return path.is_symlink() or not path.is_dir()
 
 
 def _check_name(root: Path, name: str) -> None:
     """A listed name must stay inside the folder: plain parts, no links on the way."""
     parts = name.split("/")
-    if not name or "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in parts):
+    if "\\" in name or not name.isprintable() or any(part in ("", ".", "..") for part in parts):
         raise BundleError(f"{root}: file name {name!r} leaves the bundle or is not plain")
     for depth in range(1, len(parts)):
         if (root / "/".join(parts[:depth])).is_symlink():
@@ -131,7 +135,9 @@ def _refuse_links(path: Path, status: os.stat_result) -> None:
 def _read_regular(path: Path, size: int | None) -> bytes:
     """Read a plain file through one descriptor, so that what was checked is what is read."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+        # O_NONBLOCK: a named pipe must be refused, not waited for.
+        flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+        descriptor = os.open(path, flags)
     except OSError as error:
         raise BundleError(f"{path}: cannot be read ({error.strerror})") from None
     with os.fdopen(descriptor, "rb") as file:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import codecs
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from titans_runtime import scoring
+from titans_runtime.backends import DTYPES
 from titans_runtime.bundle import MANIFEST_NAME, open_bundle
 from titans_runtime.editor import Editor
 from titans_runtime.errors import DataError, UsageError
@@ -71,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 def generate(args: argparse.Namespace) -> int:
     """Continue a text, printing it as it comes."""
     session = _open_session(args)
-    prompt = args.prompt.encode()
+    prompt = args.prompt.encode("utf-8", "surrogateescape")  # the bytes as they were typed
     if prompt:
         session.append(prompt)
     elif session.position == 0:
@@ -130,7 +134,7 @@ def _tolerance(text: str) -> tuple[str, float]:
 def _bundle_fields(folder: Path) -> dict[str, Any]:
     manifest = open_bundle(folder).manifest
     state_bytes = sum(
-        (8 if entry.dtype == "int64" else 4) * _product(entry.row_shape) for entry in manifest.state
+        np.dtype(DTYPES[entry.dtype]).itemsize * math.prod(entry.row_shape) for entry in manifest.state
     )
     return {
         "format_version": manifest.format_version,
@@ -143,13 +147,6 @@ def _bundle_fields(folder: Path) -> dict[str, Any]:
         "recommended": manifest.recommended,
         "files": {name: entry.size for name, entry in manifest.files.items()},
     }
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
 
 
 def _print_fields(fields: dict[str, Any], as_json: bool) -> None:

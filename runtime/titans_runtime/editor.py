@@ -73,6 +73,8 @@ class Editor:
         content: dict[str, Any] = {"objective": objective}
         for setting in filter(None, settings.split(",")):
             name, equals, value = setting.partition("=")
+            if name in content:
+                raise UsageError(f"--editor {text}: {name} is given twice")
             try:
                 content[name] = int(value) if name == "chunk" else float(value)
             except ValueError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 MAX_BYTES = 4 * 2**20
@@ -24,7 +25,12 @@ def parse_object(data: bytes, where: str) -> dict[str, Any]:
     if _depth(data) > MAX_DEPTH:
         raise ValueError(f"{where}: JSON nested deeper than {MAX_DEPTH}")
     try:
-        content = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        content = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_no_constant,
+            parse_float=_finite,
+        )
     except ValueError as error:
         raise ValueError(f"{where}: no valid JSON ({error})") from None
     if not isinstance(content, dict):
@@ -47,6 +53,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> object:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is too large a number")
+    return value
 
 
 def _depth(data: bytes) -> int:

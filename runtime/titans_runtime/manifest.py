@@ -7,7 +7,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from titans_runtime.errors import BundleError
+from titans_runtime.editor import Editor
+from titans_runtime.errors import BundleError, UsageError
 from titans_runtime.json_reader import canonical
 
 FORMAT_VERSION = 1
@@ -177,12 +178,30 @@ def _check_consistency(manifest: Manifest) -> None:
     expected = {"input_ids", "edit", *(f"past.{name}" for name in names)}
     if {tensor.name for tensor in manifest.graphs["model"].inputs} != expected:
         raise BundleError("titans.json: the inputs of graph 'model' do not follow from the state schema")
+    _check_widths(manifest)
     identity = _identity(manifest.model, manifest.graphs, manifest.state, manifest.files)
     if identity != manifest.identity:
         raise BundleError(
             f"titans.json: identity {manifest.identity[:12]}… does not belong to the content "
             f"({identity[:12]}…); the manifest was altered"
         )
+
+
+def _check_widths(manifest: Manifest) -> None:
+    """The sizes that the manifest states twice: a buffer of another size would fail in the graph."""
+    graph = manifest.graphs["model"]
+    inputs = {tensor.name: tensor.shape for tensor in graph.inputs}
+    outputs = {tensor.name: tensor.shape for tensor in graph.outputs}
+    for where, found, expected in (
+        ("edit", inputs["edit"], ("batch", manifest.edit_layers)),
+        ("logits", outputs.get("logits"), ("batch", "tokens", manifest.vocab_size)),
+        ("readout_key", (outputs.get("readout_key") or ())[:2], ("batch", "tokens")),
+        *((f"past.{entry.name}", inputs[f"past.{entry.name}"], entry.shape) for entry in manifest.state),
+    ):
+        if found != expected:
+            raise BundleError(
+                f"titans.json: graphs.model: {where} has shape {found}; the other fields ask for {expected}"
+            )
 
 
 class _Fields:
@@ -203,6 +222,10 @@ class _Fields:
         if type(value) is not kind:
             raise BundleError(f"titans.json: {self._where}: {name} must be of type {kind.__name__}")
         return value
+
+    def optional(self, name: str) -> Any:  # noqa: ANN401 - parsed JSON
+        self._read.add(name)
+        return self._content.get(name)
 
     def integer(self, name: str, least: int) -> int:
         value: int = self.take(name, int)
@@ -255,7 +278,7 @@ def _requires(reader: _Fields) -> dict[str, Any]:
         "ir_version": fields.integer("ir_version", 1),
         "opset": fields.integer("opset", 1),
     }
-    if not all(part.isdigit() for part in onnxruntime.split(".")):
+    if not all(part.isdecimal() for part in onnxruntime.split(".")):
         raise BundleError(f"titans.json: requires: onnxruntime is {onnxruntime!r}; no version")
     fields.end()
     return content
@@ -269,14 +292,19 @@ def _tolerances(reader: _Fields) -> dict[str, float]:
 
 
 def _recommended(reader: _Fields) -> dict[str, Any]:
-    content = reader.mapping("recommended")
-    fields = _Fields(content, "recommended")
+    fields = _Fields(reader.mapping("recommended"), "recommended")
     edit = fields.number("edit")
     if not 0 <= edit <= 1:
         raise BundleError(f"titans.json: recommended: edit is {edit}; it must lie between 0 and 1")
-    editor = content.get("editor")
+    editor = fields.optional("editor")
     if editor is not None and not isinstance(editor, dict):
         raise BundleError("titans.json: recommended: editor must be an object or null")
+    fields.end()
+    if editor is not None:
+        try:
+            Editor.from_dict(editor)
+        except UsageError as error:
+            raise BundleError(f"titans.json: recommended: {error}") from None
     return {"edit": edit, "editor": editor}
 
 

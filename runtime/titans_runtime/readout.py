@@ -110,6 +110,12 @@ class ReadoutEditor:
         self._base[0, : self.count] = arrays["pending.base_logits"]
         self._targets[0, : self.count] = arrays["pending.targets"]
 
+    def withdraw(self, count: int) -> None:
+        """Forget all but the first ``count`` pending positions, and the token that followed them."""
+        self.count = count
+        if count:
+            self._targets[0, count - 1] = UNKNOWN
+
     def _append(self, ids: Array, keys: Array, base: Array, teach: bool) -> None:
         rows = slice(self.count, self.count + len(ids))
         self._keys[0, rows] = keys

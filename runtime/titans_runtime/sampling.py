@@ -41,11 +41,12 @@ class Sampling:
         """One token id for ``logits (vocab,)`` float32."""
         if self.temperature == 0:
             return int(logits.argmax())
-        scaled = logits.astype(np.float64) / self.temperature
+        with np.errstate(over="ignore"):  # a tiny temperature: -inf, whose probability is 0
+            scaled = (logits.astype(np.float64) - float(logits.max())) / self.temperature
         order = np.argsort(-scaled, kind="stable")
         if self.top_k:
             order = order[: self.top_k]
-        probability = np.exp(scaled[order] - scaled[order[0]])
+        probability = np.exp(scaled[order])
         probability /= probability.sum()
         if self.top_p < 1:
             kept = int(np.searchsorted(probability.cumsum(), self.top_p)) + 1

@@ -178,7 +178,12 @@ class Session:
         ids = checked_tokens(tokens, self.model.vocab_size)
         if editor is None and self.editor is None:
             raise UsageError("observe: the session has no editor; give one, as in observe(tokens, Editor())")
-        with self._exclusive(), self._transaction(len(ids)), self._edited_by(editor or self.editor):
+        hands_over = editor is not None and editor != self.editor
+        with (
+            self._exclusive(),
+            self._transaction(len(ids), hands_over),
+            self._edited_by(editor or self.editor),
+        ):
             self._advance(ids, teach=True)
         assert self.last_edit is not None
         return self.last_edit
@@ -209,6 +214,8 @@ class Session:
         """
         if max_new_tokens < 0:
             raise UsageError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more")
+        if seed is not None and seed < 0:
+            raise UsageError(f"seed is {seed}; it must be 0 or more")
         if self._last_logits is None:
             raise UsageError("generate: the session has seen no token yet; append a prompt first")
         return self._generate(
@@ -324,6 +331,8 @@ class Session:
     def _open_editor(self, editor: Editor | None) -> ReadoutEditor | None:
         if editor is None:
             return None
+        if "readout" not in self._buffers.past or editor.graph not in self.model.manifest.graphs:
+            raise UsageError(f"the bundle has no readout memory to edit by {editor}; give editor=None")
         readout = self._buffers.past["readout"]
         return ReadoutEditor(editor, self.model.backend, readout, readout.shape[1])
 
@@ -342,8 +351,9 @@ class Session:
         self.editor, self._readout = editor, replaced
         try:
             yield
+            if replaced is not None:
+                replaced.finish(self.last_edit or report)
             if own is not None and replaced is not None:
-                replaced.finish(report)
                 own.restore(replaced.export())
         finally:
             self.editor, self._readout = own_editor, own
@@ -383,12 +393,16 @@ class Session:
             self._lock.release()
 
     @contextlib.contextmanager
-    def _transaction(self, tokens: int) -> Iterator[None]:
+    def _transaction(self, tokens: int, learns: bool = False) -> Iterator[None]:
         """Undo a call that does not reach its end, Ctrl-C included.
 
         One segment without an update leaves its past in the other buffer set: nothing is copied.
+
+        Args:
+            tokens: that the call is given.
+            learns: whether the call edits by another editor than the session's own.
         """
-        learns = self._readout is not None and self._readout.will_learn(tokens)
+        learns = learns or (self._readout is not None and self._readout.will_learn(tokens))
         cheap = tokens <= SEGMENT and not learns
         before = None if cheap else self._snapshot()
         side, position, last = self._buffers.current, self.position, self._last_logits
@@ -403,7 +417,7 @@ class Session:
             if before is not None:
                 self._restore(before)
             elif self._readout:
-                self._readout.count = count
+                self._readout.withdraw(count)
             raise
 
 

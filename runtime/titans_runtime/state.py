@@ -115,6 +115,7 @@ def load_snapshot(path: Path, manifest: Manifest) -> Snapshot:
         )
     arrays = _arrays(path, data, header)
     _check_shapes(path, arrays, manifest)
+    _check_pending(path, arrays, manifest, header["editor"])
     _check_finite(arrays, str(path))
     edit = header["edit"]
     if len(edit) != manifest.edit_layers or not all(type(x) in (int, float) and 0 <= x <= 1 for x in edit):
@@ -185,6 +186,34 @@ def _check_shapes(path: Path, arrays: Arrays, manifest: Manifest) -> None:
                 f"{path}: state.{entry.name} is {array.dtype.name} {array.shape}; "
                 f"expected {entry.dtype} {(1, *entry.row_shape)}"
             )
+
+
+def _check_pending(path: Path, arrays: Arrays, manifest: Manifest, editor: Mapping[str, Any] | None) -> None:
+    """What comes after the state: pending positions, all or none, and the last logits."""
+    vocab = manifest.vocab_size
+    allowed = {f"state.{entry.name}" for entry in manifest.state}
+    allowed |= {"last_logits", "pending.targets", "pending.readout_key", "pending.base_logits"}
+    unknown = sorted(arrays.keys() - allowed)
+    if unknown:
+        raise StateError(f"{path}: tensor {unknown[0]} is unknown")
+    expected: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {"last_logits": ((vocab,), np.float32)}
+    if any(name.startswith("pending.") for name in arrays):
+        targets = arrays.get("pending.targets", np.empty(0))
+        chunk = (editor or {}).get("chunk", 0)
+        if not (
+            type(chunk) is int and 1 <= targets.size <= chunk and -1 <= targets.min() <= targets.max() < vocab
+        ):
+            raise StateError(f"{path}: pending.targets do not fit the editor {editor}")
+        readout = next((entry.row_shape for entry in manifest.state if entry.name == "readout"), (0,))
+        expected["pending.targets"] = ((targets.size,), np.int64)
+        expected["pending.readout_key"] = ((targets.size, readout[0]), np.float32)
+        expected["pending.base_logits"] = ((targets.size, vocab), np.float32)
+    for name, (shape, dtype) in expected.items():
+        array = arrays.get(name)
+        if array is None and name == "last_logits":
+            continue
+        if array is None or array.shape != shape or array.dtype != dtype:
+            raise StateError(f"{path}: {name} is missing, or not {np.dtype(dtype).name} {shape}")
 
 
 def _check_finite(arrays: Mapping[str, Array], where: str) -> None:

@@ -19,7 +19,12 @@ def checked_tokens(tokens: Tokens, vocab_size: int) -> npt.NDArray[np.int64]:
     Raises:
         TokenError: empty, not of rank 1, not integers, or an id outside ``0 … vocab_size - 1``.
     """
-    given = np.frombuffer(tokens, np.uint8) if isinstance(tokens, bytes | bytearray) else np.asarray(tokens)
+    try:
+        given = (
+            np.frombuffer(tokens, np.uint8) if isinstance(tokens, bytes | bytearray) else np.asarray(tokens)
+        )
+    except ValueError:
+        raise TokenError("tokens are rows of different lengths; expected one axis, (T,)") from None
     if given.dtype.kind == "U":
         raise TokenError("tokens are text; encode it first, as in text.encode()")
     if given.size == 0:

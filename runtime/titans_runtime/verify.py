@@ -12,7 +12,7 @@ from safetensors.numpy import load as load_arrays
 from titans_runtime.backends import DTYPES, Array, Arrays, Backend
 from titans_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from titans_runtime.bundle import GOLDENS_NAME, Bundle, open_bundle
-from titans_runtime.errors import BundleError, CheckFailed
+from titans_runtime.errors import BundleError, CheckFailed, UsageError
 from titans_runtime.manifest import GraphSpec, TensorSpec
 
 
@@ -90,6 +90,7 @@ def verify(
 
     Raises:
         BundleError: the bundle or its goldens are damaged.
+        UsageError: ``atol`` names an output that the bundle does not have.
     """
     bundle = open_bundle(folder)
     tolerances = bundle.manifest.tolerances
@@ -97,6 +98,9 @@ def verify(
     relative = tolerances["rtol"] if rtol is None else rtol
     backend = OnnxRuntimeBackend(bundle, providers, threads)
     checks = []
+    known = {tensor.name for graph in bundle.manifest.graphs.values() for tensor in graph.outputs}
+    for name in limits.keys() - known - {""}:
+        raise UsageError(f"atol for {name!r}: no such output; the bundle has {', '.join(sorted(known))}")
     for name, actual, expected in _replay(bundle, backend):
         tensor = name.split(".", 3)[-1] if ".gradient." not in name else name.split(".", 4)[-1]
         exact = expected.dtype.kind in "iu"

@@ -13,7 +13,10 @@ from titans_runtime.errors import BundleError, EnvironmentProblem
 if TYPE_CHECKING:
     import onnxruntime
 
+_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "int64": "tensor(int64)"}
 DEFAULT_PROVIDERS = ("CPUExecutionProvider",)
+_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
+_NOWHERE = "/no-files-but-those-given"
 _QUIET = 3  # errors only; what else it has to say is not for a user of a verified graph
 
 
@@ -64,6 +67,8 @@ class OnnxRuntimeBackend:
         options.inter_op_num_threads = 1
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
+        # A graph from bytes would take data that is not given below from the working directory, unchecked.
+        options.add_session_config_entry(_DATA_FOLDER, _NOWHERE)
         graph = self._bundle.read(spec.file)
         weights = b""
         if WEIGHTS_NAME.encode() in graph:
@@ -75,6 +80,7 @@ class OnnxRuntimeBackend:
             session = self._ort.InferenceSession(graph, options, providers=list(self._providers))
         except Exception as error:  # noqa: BLE001 - onnxruntime has no public base class for its errors
             raise BundleError(f"{self._bundle.folder / spec.file}: cannot be loaded ({error})") from None
+        _check_fallback(session.get_providers(), self._providers)
         _check_interface(session, spec, self._bundle)
         return session
 
@@ -145,6 +151,16 @@ def _checked_providers(ort: Any, providers: Sequence[str] | None) -> tuple[str, 
     return wanted
 
 
+def _check_fallback(loaded: Sequence[str], wanted: Sequence[str]) -> None:
+    """ONNX Runtime goes on without a provider whose libraries it cannot load."""
+    for name in wanted:
+        if name not in loaded:
+            raise EnvironmentProblem(
+                f"provider {name!r} cannot start on this machine, only {', '.join(loaded)}; "
+                "install its libraries, or choose another provider"
+            )
+
+
 def _check_version(installed: str, required: str) -> None:
     def parts(version: str) -> tuple[int, ...]:
         return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
@@ -164,3 +180,18 @@ def _check_interface(session: onnxruntime.InferenceSession, spec: Any, bundle: B
             raise BundleError(
                 f"{bundle.folder / spec.file}: its {kind} are not those that titans.json states; export again"
             )
+        types = {value.name: (value.type, value.shape) for value in found}
+        for tensor in stated:
+            kind_found, shape = types[tensor.name]
+            if kind_found != _TYPES[tensor.dtype] or not _may_be(shape, tensor.shape):
+                raise BundleError(
+                    f"{bundle.folder / spec.file}: {tensor.name} is {kind_found} {shape}, not "
+                    f"{tensor.dtype} {list(tensor.shape)} as titans.json states; export again"
+                )
+
+
+def _may_be(found: Sequence[Any], stated: Sequence[int | str]) -> bool:
+    """Whether a shape with free axes can be the stated one."""
+    return len(found) == len(stated) and all(
+        a == b for a, b in zip(found, stated, strict=True) if isinstance(a, int) and isinstance(b, int)
+    )

@@ -1,0 +1,80 @@
+"""Streams, cuts and comparisons that the tests of sessions share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from hypothesis import strategies as st
+
+from titans_runtime import Session, Snapshot
+from titans_runtime.bundle import MANIFEST_NAME, file_entry
+from titans_runtime.manifest import FileEntry, Manifest, _graph, _identity, _state
+
+Array = npt.NDArray[Any]
+
+streams = st.binary(min_size=2, max_size=40)
+
+
+def cuts(length: int) -> st.SearchStrategy[list[int]]:
+    """Places to cut a stream of ``length`` tokens at, in order."""
+    return st.sets(st.integers(1, length - 1), max_size=6).map(sorted)
+
+
+def parts(text: bytes, places: list[int]) -> Iterator[bytes]:
+    for start, end in zip([0, *places], [*places, len(text)], strict=True):
+        yield text[start:end]
+
+
+def append_parts(session: Session, text: bytes, places: list[int]) -> Array:
+    return np.concatenate([session.append(part) for part in parts(text, places)])
+
+
+def relative_error(actual: Array, expected: Array) -> float:
+    """Largest difference, relative to the largest expected value."""
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
+
+
+def assert_same_snapshot(one: Snapshot, other: Snapshot) -> None:
+    """Equal bit for bit."""
+    assert (one.bundle, one.position, one.edit, one.editor) == (
+        other.bundle,
+        other.position,
+        other.edit,
+        other.editor,
+    )
+    assert one.arrays.keys() == other.arrays.keys()
+    for name, array in one.arrays.items():
+        assert array.tobytes() == other.arrays[name].tobytes(), name
+
+
+def change_manifest(
+    folder: Path, change: Callable[[dict[str, Any]], object], identify: bool = True, rehash: bool = False
+) -> str:
+    """Change a bundle's manifest; its files' hashes and its identity follow where wanted."""
+    path = folder / MANIFEST_NAME
+    content = json.loads(path.read_text("utf-8"))
+    change(content)
+    if rehash:
+        content["files"] = {name: vars(file_entry(folder / name)) for name in content["files"]}
+    if identify:
+        content["identity"] = identity_of(content)
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return str(content["identity"])
+
+
+def identity_of(content: dict[str, Any]) -> str:
+    return _identity(
+        content["model"],
+        {name: _graph(graph, name) for name, graph in content["graphs"].items()},
+        tuple(_state(entry, "state") for entry in content["state"]),
+        {name: FileEntry(**entry) for name, entry in content["files"].items()},
+    )
+
+
+def manifest_of(folder: Path) -> Manifest:
+    return Manifest.from_dict(json.loads((folder / MANIFEST_NAME).read_text("utf-8")))

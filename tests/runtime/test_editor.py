@@ -1,0 +1,84 @@
+"""An editor's forms: constructor, command line and JSON."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from titans_runtime import Editor, EditReport, UsageError
+from titans_runtime.editor import MAX_CHUNK
+
+editors = st.builds(
+    Editor,
+    objective=st.just("readout"),
+    step=st.floats(0, 1e6, allow_nan=False),
+    chunk=st.integers(1, MAX_CHUNK),
+)
+
+
+@given(editor=editors)
+def test_json_and_command_line_give_the_same_editor(editor: Editor) -> None:
+    assert Editor.from_dict(editor.to_dict()) == editor
+    assert Editor.parse(f"readout:step={editor.step!r},chunk={editor.chunk}") == editor
+
+
+def test_settings_that_are_left_out_take_their_defaults() -> None:
+    assert Editor.parse("readout") == Editor()
+    assert Editor.parse("readout:chunk=7") == Editor(chunk=7)
+    assert Editor.from_dict({}) == Editor()
+
+
+def test_the_objective_names_the_graph() -> None:
+    assert Editor().graph == "gradient.readout"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"objective": "other"}, "objective 'other'; known: readout"),
+        ({"objective": None}, "objective None; known: readout"),
+        ({"step": -0.5}, "step is -0.5; it must be a finite number, 0 or more"),
+        ({"step": math.nan}, "step is nan"),
+        ({"step": math.inf}, "step is inf"),
+        ({"step": "1"}, "step is 1"),
+        ({"step": True}, "step is True"),
+        ({"chunk": 0}, "chunk is 0; it must be an integer from 1 to 1024"),
+        ({"chunk": MAX_CHUNK + 1}, "chunk is 1025"),
+        ({"chunk": 4.0}, "chunk is 4.0"),
+        ({"chunk": True}, "chunk is True"),
+        ({"pace": 1}, "field 'pace' is unknown; known: objective, step, chunk"),
+    ],
+)
+def test_values_outside_their_range_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Editor.from_dict(settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "objective ''; known: readout"),
+        ("redaout:step=1", "objective 'redaout'"),
+        ("readout:step", "'step' is not NAME=NUMBER"),
+        ("readout:step=", "'step=' is not NAME=NUMBER"),
+        ("readout:step=fast", "'step=fast' is not NAME=NUMBER"),
+        ("readout:chunk=4.5", "'chunk=4.5' is not NAME=NUMBER"),
+        ("readout:pace=4", "field 'pace' is unknown"),
+        ("readout:step=nan", "step is nan"),
+        ("readout:chunk=0", "chunk is 0"),
+        ("readout:step=1,step=2", "step"),
+        ("readout:objective=1", "objective"),
+    ],
+)
+def test_malformed_text_is_refused_and_the_part_named(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Editor.parse(text)
+
+
+def test_a_report_without_lessons_has_no_loss() -> None:
+    assert math.isnan(EditReport(tokens=3).loss)
+    assert EditReport(surprise=[1.0, 2.0, 6.0]).loss == 3.0
