@@ -21,6 +21,7 @@ from titans_export.model import TitansModel, state_schema
 from titans_export.programs import model_program, readout_gradient_program, state_axes
 from titans_export.training.checkpoint import load_checkpoint
 from titans_runtime import bundle as bundles
+from titans_runtime.editor import Editor
 from titans_runtime.errors import DataError, UsageError
 from titans_runtime.files import write_atomically
 from titans_runtime.verify import VerificationReport, verify
@@ -50,7 +51,7 @@ def export_bundle(checkpoint: Path, bundle: Path, report: Report = lambda _: Non
         CheckFailed: the exported graphs do not reproduce the model; nothing is written.
     """
     _refuse_foreign_folder(bundle)
-    model = load_checkpoint(checkpoint)
+    model, editing = load_checkpoint(checkpoint), read_editing(checkpoint)
     bundle.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{bundle.name}.", dir=bundle.parent))
     try:
@@ -60,7 +61,6 @@ def export_bundle(checkpoint: Path, bundle: Path, report: Report = lambda _: Non
         files = write_models({program.name: trace(program) for program in programs}, work)
         report("running the reference for the goldens")
         write_atomically(work / GOLDENS_FILE, save_arrays(make_goldens(model)))
-        editing = read_editing(checkpoint)
         bundles.write_manifest(work, _manifest(model, programs, work, [*files, GOLDENS_FILE], editing))
         report("replaying the goldens in ONNX Runtime")
         result = verify(work)
@@ -82,9 +82,16 @@ def read_editing(checkpoint: Path) -> dict[str, Any]:
         return {"edit": 0.0, "editor": None}
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return {"edit": float(content["edit"]), "editor": content["editor"]}
+        edit, editor = float(content["edit"]), content["editor"]
+        if editor is not None:
+            Editor.from_dict(editor)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: expected the fields edit and editor ({error!r})") from None
+    except UsageError as error:
+        raise DataError(f"{path}: {error}") from None
+    if not 0 <= edit <= 1:
+        raise DataError(f"{path}: edit is {edit}; it must lie between 0 and 1")
+    return {"edit": edit, "editor": editor}
 
 
 def _manifest(

@@ -35,8 +35,8 @@ def load_checkpoint(folder: Path) -> TitansModel:
     """
     config = ModelConfig.load(folder / CONFIG_FILE)
     tensors = read_tensors(folder / WEIGHTS_FILE)
-    model = TitansModel(config)
-    expected = model.state_dict()
+    with torch.device("meta"):  # a wrong width must not cost its memory before it is noticed
+        expected = TitansModel(config).state_dict()
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors or name not in expected:
             side = "missing from" if name not in tensors else "not expected in"
@@ -46,6 +46,7 @@ def load_checkpoint(folder: Path) -> TitansModel:
                 f"{folder / WEIGHTS_FILE}: {name} has shape {tuple(tensors[name].shape)}; "
                 f"config.json asks for {tuple(expected[name].shape)}"
             )
+    model = TitansModel(config)
     model.load_state_dict(tensors)
     return model.eval()
 
