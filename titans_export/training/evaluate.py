@@ -37,17 +37,20 @@ def bits_per_byte(
         limit: bytes of each file at most.
         progress: wraps the segments, to draw a bar.
     """
-    ids, lengths = _padded([source.data[:limit] for source in sources if len(source.data) > 1])
+    texts = sorted((source.data[:limit] for source in sources if len(source.data) > 1), key=len, reverse=True)
+    ids, lengths = _padded(texts)
     state = initial_state(model.config, len(ids))
     strength = torch.full((len(ids), model.config.layers), edit)
     nats = 0.0
     for start in progress(range(0, ids.shape[1] - 1, _SEGMENT)):
-        inputs = ids[:, start : min(start + _SEGMENT, ids.shape[1] - 1)]
-        targets = ids[:, start + 1 : start + 1 + inputs.shape[1]]
-        features, present = model.features(inputs, strength, state)
+        rows = int((lengths > start + 1).sum())  # the longest first: a row that has ended is dropped
+        inputs = ids[:rows, start : min(start + _SEGMENT, ids.shape[1] - 1)]
+        targets = ids[:rows, start + 1 : start + 1 + inputs.shape[1]]
+        state = {name: tensor[:rows] for name, tensor in state.items()}
+        features, present = model.features(inputs, strength[:rows], state)
         loss = F.cross_entropy(model.head(features).transpose(1, 2), targets, reduction="none")
         position = torch.arange(start + 1, start + 1 + inputs.shape[1])
-        nats += float((loss * (position < lengths[:, None])).sum(dtype=torch.float64))
+        nats += float((loss * (position < lengths[:rows, None])).sum(dtype=torch.float64))
         state |= present
     return nats / math.log(2) / float((lengths - 1).sum())
 
