@@ -1,0 +1,110 @@
+"""Periodic editing of the readout memory against a few lines of NumPy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import titans_runtime as tr
+from tests.runtime.streams import Array, append_parts, cuts, relative_error, streams
+from titans_runtime.backends import DTYPES
+from titans_runtime.editor import Editor
+
+CHUNKS = [1, 3, 4, 7]
+
+
+def _forward(model: tr.Model, text: bytes) -> tuple[Array, Array]:
+    """Logits without a readout memory, and readout keys, from the graph itself."""
+    spec = model.manifest.graphs["model"]
+    axes = {"batch": 1, "tokens": len(text)}
+    inputs, outputs = (
+        {
+            tensor.name: np.zeros([axes.get(axis, axis) for axis in tensor.shape], DTYPES[tensor.dtype])
+            for tensor in tensors
+        }
+        for tensors in (spec.inputs, spec.outputs)
+    )
+    inputs["input_ids"][0] = list(text)
+    for entry in model.manifest.state:
+        inputs[f"past.{entry.name}"].fill(entry.initial)
+    model.graph.bind(inputs, outputs).run()
+    return outputs["logits"][0].astype(np.float64), outputs["readout_key"][0].astype(np.float64)
+
+
+def _edited(model: tr.Model, text: bytes, step: float, chunk: int) -> tuple[Array, Array]:
+    """Logits and readout memory after the whole text, one period after the other."""
+    base, keys = _forward(model, text)
+    R = np.zeros((keys.shape[1], base.shape[1]))
+    logits = np.empty_like(base)
+    for start in range(0, len(text), chunk):
+        end = min(start + chunk, len(text))
+        logits[start:end] = base[start:end] + keys[start:end] @ R
+        if end == len(text):  # the target of the last position is not known
+            break
+        gradient = np.zeros_like(R)
+        for t in range(start, end):
+            softmax = np.exp(logits[t] - logits[t].max())
+            softmax /= softmax.sum()
+            softmax[text[t + 1]] -= 1
+            gradient += np.outer(keys[t], softmax)
+        R -= step * gradient
+    return logits, R
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@given(data=st.data(), text=streams)
+def test_editing_equals_the_formula(model: tr.Model, data: st.DataObject, chunk: int, text: bytes) -> None:
+    places = data.draw(cuts(len(text)))
+    expected, R = _edited(model, text, 0.5, chunk)
+    session = model.session(0.0, Editor(step=0.5, chunk=chunk))
+    assert relative_error(append_parts(session, text, places), expected) <= 1e-4
+    np.testing.assert_allclose(session.snapshot().arrays["state.readout"][0], R, atol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_the_formula_moves_the_logits(model: tr.Model, chunk: int) -> None:
+    """So the law above is not about a memory that stays zero."""
+    text = b"the same words, the same words"
+    expected, R = _edited(model, text, 0.5, chunk)
+    assert relative_error(expected, _forward(model, text)[0]) > 1e-2
+    assert np.abs(R).max() > 1e-2
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_a_step_of_zero_teaches_nothing(model: tr.Model, chunk: int) -> None:
+    plain = model.session(0.0, None).append(b"nothing to learn")
+    edited = model.session(0.0, Editor(step=0.0, chunk=chunk)).append(b"nothing to learn")
+    assert relative_error(edited, plain) <= 1e-6
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_pending_positions_are_those_since_the_last_update(model: tr.Model, chunk: int) -> None:
+    session = model.session(0.0, Editor(chunk=chunk))
+    for seen in range(1, 3 * chunk + 2):
+        session.append([seen])
+        pending = session.snapshot().arrays["pending.targets"]
+        assert len(pending) == (seen - 1) % chunk + 1
+        assert pending[-1] == -1, "what follows the last token is not known"
+        assert pending[:-1].tolist() == list(range(seen - len(pending) + 2, seen + 1))
+
+
+def test_samples_are_no_targets_and_their_period_is_skipped(model: tr.Model) -> None:
+    session = model.session(0.0, Editor(chunk=2))
+    session.append(b"a")
+    list(session.generate(4, seed=0))
+    assert session.last_edit is not None
+    assert (session.last_edit.updates, session.last_edit.skipped) == (0, 1)
+    list(session.generate(1, seed=0))
+    assert session.snapshot().arrays["pending.targets"].tolist() == [-1, -1]
+
+
+def test_a_period_of_samples_and_text_learns_from_the_text(model: tr.Model) -> None:
+    session = model.session(0.0, Editor(chunk=4))
+    session.append(b"ab")
+    token = next(session.generate(1, seed=0))
+    report = session.observe(b"cde")
+    assert report.updates == 1
+    assert len(report.surprise) == 3, "of four positions only the one before the sample has no target"
+    assert token in range(256)
