@@ -51,7 +51,7 @@ def load_corpus(paths: Sequence[str]) -> Corpus:
     for source in sources:
         splits[split_of(source.name)].append(source)
     for split, files in splits.items():
-        if not any(source.data for source in files):
+        if not any(len(source.data) > 1 for source in files):  # one byte leaves nothing to predict
             raise DataError(
                 f"--data {' '.join(paths)}: no text for the {split} split among {len(sources)} files; "
                 "give a folder with a few dozen files or more"

@@ -271,5 +271,8 @@ def _metadata(path: Path) -> dict[str, Any]:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        content: dict[str, Any] = json.loads(file.metadata()["training"])
+        metadata = file.metadata() or {}
+    if "training" not in metadata:
+        raise DataError(f"{path}: no state of a training; remove it or change --out")
+    content: dict[str, Any] = json.loads(metadata["training"])
     return content

@@ -1,0 +1,60 @@
+"""Checkpoints: what is saved is what is loaded. Damaged ones are in ``test_pipeline.py``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from titans_export.config import PRESETS
+from titans_export.training.checkpoint import load_checkpoint, read_tensors, save_checkpoint
+from titans_runtime import cli
+from titans_runtime.errors import DataError
+
+
+def test_round_trip_is_exact(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    model = load_checkpoint(tiny_checkpoint)
+    save_checkpoint(model, tmp_path / "deep" / "copy")
+    copy = load_checkpoint(tmp_path / "deep" / "copy")
+    assert copy.config == model.config
+    assert not copy.training
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(copy.state_dict()[name], tensor), name
+    assert sorted(path.name for path in (tmp_path / "deep" / "copy").iterdir()) == [
+        "config.json",
+        "weights.safetensors",
+    ]
+    for name in ("config.json", "weights.safetensors"):  # saving is deterministic
+        assert (tmp_path / "deep" / "copy" / name).read_bytes() == (tiny_checkpoint / name).read_bytes()
+
+
+def test_a_checkpoint_holds_the_whitening(tiny_checkpoint: Path) -> None:
+    tensors = read_tensors(tiny_checkpoint / "weights.safetensors")
+    assert {"readout_key.mean", "readout_key.whitening"} <= tensors.keys()
+
+
+def test_loaded_weights_are_the_models_own(tiny_checkpoint: Path) -> None:
+    first, second = load_checkpoint(tiny_checkpoint), load_checkpoint(tiny_checkpoint)
+    with torch.no_grad():
+        first.head.weight.zero_()
+    assert not torch.equal(first.head.weight, second.head.weight)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere\.safetensors: no readable tensors"):
+        read_tensors(tmp_path / "nowhere.safetensors")
+
+
+def test_init_depends_on_its_seed_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def init(name: str, seed: int) -> dict[str, torch.Tensor]:
+        out = tmp_path / name
+        torch.manual_seed(len(name))  # what ran before must not matter
+        assert cli.main(["init", "--preset", "tiny", "--seed", str(seed), "--out", str(out)]) == 0
+        assert capsys.readouterr().out == f"{out}\n"
+        return read_tensors(out / "weights.safetensors")
+
+    first, again, other = init("first", 3), init("once more", 3), init("other", 4)
+    assert all(torch.equal(first[name], tensor) for name, tensor in again.items())
+    assert not torch.equal(first["embedding.weight"], other["embedding.weight"])
+    assert load_checkpoint(tmp_path / "first").config == PRESETS["tiny"]
