@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +15,8 @@ Bits = npt.NDArray[np.float32]
 _OFF, _ON = "#8a8f98", "#1f6feb"
 
 
-def plot_bits(texts: Sequence[tuple[str, Bits, Bits]], path: Path, window: int = 1024) -> None:
-    """Draw one panel a text.
+def plot_bits(texts: Sequence[tuple[str, Bits, Bits]], path: Path, window: int = 2048) -> None:
+    """Draw one panel a text, two in a row.
 
     Args:
         texts: title, bits of every byte with editing off, and with editing on.
@@ -24,38 +25,41 @@ def plot_bits(texts: Sequence[tuple[str, Bits, Bits]], path: Path, window: int =
     """
     optional_import("matplotlib", "plot").use("Agg")
     pyplot = optional_import("matplotlib.pyplot", "plot")
-    figure, panels = pyplot.subplots(
-        1, len(texts), figsize=(4.3 * len(texts), 3.9), sharey=True, constrained_layout=True, squeeze=False
+    rows = (len(texts) + 1) // 2
+    figure, grid = pyplot.subplots(
+        rows, 2, figsize=(10.5, 3.1 * rows), constrained_layout=True, squeeze=False
     )
-    for panel, (title, off, on) in zip(panels[0], texts, strict=True):
-        for bits, colour, name in ((off, _OFF, "editing off"), (on, _ON, "editing on")):
-            smooth = _moving_mean(bits, min(window, len(bits)))
-            at = (np.arange(len(smooth)) + min(window, len(bits)) / 2) / 1024
-            panel.plot(at, smooth, color=colour, linewidth=1.6)
-            panel.annotate(
-                f" {name} {bits.mean():.2f}",
-                (at[-1], smooth[-1]),
-                color=colour,
-                fontsize=9,
-                ha="right",
-                va="bottom",
-                xytext=(0, 5),
-                textcoords="offset points",
-            )
-        panel.fill_between(
-            at, _moving_mean(off, min(window, len(off))), smooth, color=_ON, alpha=0.08, linewidth=0
-        )
-        panel.set_title(f"{title}\n{1 - on.mean() / off.mean():.0%} fewer bits", fontsize=10)
+    panels = grid.ravel()
+    for panel, (title, off, on) in zip(panels, texts, strict=False):
+        _draw(panel, title, off, on, min(window, len(off)))
+    for unused in panels[len(texts) :]:
+        unused.set_visible(False)
+    for panel in grid[:, 0]:
+        panel.set_ylabel("bits per byte")
+    for panel in grid[-1]:
         panel.set_xlabel("KiB read")
-        panel.set_ylim(bottom=0)
-        panel.grid(alpha=0.25)
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[0][0].set_ylabel(f"bits per byte\n(mean of {window} bytes)")
+    panels[0].legend(loc="upper right", frameon=False, fontsize=9, ncols=2)
     figure.suptitle(
-        "The same exported model on texts it never saw, in a process without PyTorch", fontsize=11
+        f"One exported model on texts it never saw, without PyTorch (running mean of {window} bytes)",
+        fontsize=11,
     )
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def _draw(panel: Any, title: str, off: Bits, on: Bits, window: int) -> None:  # noqa: ANN401 - matplotlib Axes
+    smooth_off, smooth_on = _moving_mean(off, window), _moving_mean(on, window)
+    at = (np.arange(len(smooth_off)) + window) / 1024
+    panel.plot(at, smooth_off, color=_OFF, linewidth=1.7, label="editing off")
+    panel.plot(at, smooth_on, color=_ON, linewidth=1.7, label="editing on")
+    panel.fill_between(at, smooth_off, smooth_on, color=_ON, alpha=0.1, linewidth=0)
+    panel.set_title(
+        f"{title}: {off.mean():.2f} → {on.mean():.2f} ({on.mean() / off.mean() - 1:+.0%})", fontsize=10
+    )
+    panel.set_ylim(0, 1.2 * max(smooth_off.max(), smooth_on.max()))
+    panel.set_xlim(0, len(off) / 1024)
+    panel.grid(alpha=0.25)
+    panel.spines[["top", "right"]].set_visible(False)
 
 
 def _moving_mean(bits: Bits, window: int) -> npt.NDArray[np.float64]:
