@@ -100,6 +100,8 @@ def _open_session(args: argparse.Namespace) -> Session:
         raise UsageError("--state-in continues with the memory's own editing; leave out the editing options")
     if args.state_out and not args.state_out.parent.is_dir():
         raise UsageError(f"--state-out {args.state_out}: no such folder {args.state_out.parent}")
+    if args.state_out and args.state_out.is_dir():
+        raise UsageError(f"--state-out {args.state_out}: is a folder; name a file")
     model = load(args.bundle, args.provider, args.threads)
     if args.state_in:
         return model.load_session(args.state_in)

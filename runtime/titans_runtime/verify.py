@@ -12,7 +12,7 @@ from safetensors.numpy import load as load_arrays
 from titans_runtime.backends import DTYPES, Array, Arrays, Backend
 from titans_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from titans_runtime.bundle import GOLDENS_NAME, Bundle, open_bundle
-from titans_runtime.errors import BundleError, CheckFailed, UsageError
+from titans_runtime.errors import BundleError, CheckFailed, TitansError, UsageError
 from titans_runtime.manifest import GraphSpec, TensorSpec
 
 
@@ -101,7 +101,7 @@ def verify(
     known = {tensor.name for graph in bundle.manifest.graphs.values() for tensor in graph.outputs}
     for name in limits.keys() - known - {""}:
         raise UsageError(f"atol for {name!r}: no such output; the bundle has {', '.join(sorted(known))}")
-    for name, actual, expected in _replay(bundle, backend):
+    for name, actual, expected in _checked_replay(bundle, backend):
         tensor = name.split(".", 3)[-1] if ".gradient." not in name else name.split(".", 4)[-1]
         exact = expected.dtype.kind in "iu"
         scale = float(np.abs(expected).max(initial=0))
@@ -110,6 +110,19 @@ def verify(
     if not checks:
         raise BundleError(f"{bundle.folder}: {GOLDENS_NAME} holds no expected outputs; export again")
     return VerificationReport(tuple(checks))
+
+
+def _checked_replay(bundle: Bundle, backend: Backend) -> Iterator[tuple[str, Array, Array]]:
+    """Replay; goldens whose names or shapes do not fit the graphs are a damaged bundle."""
+    try:
+        yield from _replay(bundle, backend)
+    except TitansError:
+        raise
+    except Exception as error:  # noqa: BLE001 - onnxruntime has no public base class for its errors
+        reason = " ".join(str(error).split())
+        raise BundleError(
+            f"{bundle.folder / GOLDENS_NAME}: does not fit the graphs ({type(error).__name__}: {reason})"
+        ) from None
 
 
 def _difference(actual: Array, expected: Array) -> float:

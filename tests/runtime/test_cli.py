@@ -1,0 +1,373 @@
+"""The command ``titans``: what it prints, what it returns, and how it refuses."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import titans_runtime as tr
+from tests.runtime.streams import assert_same_snapshot, change_manifest
+from titans_runtime.cli import main
+
+TEXT = b"The command line scores this text, byte by byte, and learns as it goes along." * 2
+Titans = Callable[..., "Outcome"]
+
+
+class Outcome:
+    """Exit code and output of one command."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def json(self) -> dict[str, Any]:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def titans(capsys: pytest.CaptureFixture[str]) -> Titans:
+    def call(*arguments: object) -> Outcome:
+        capsys.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return Outcome(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text"
+    path.write_bytes(TEXT)
+    return path
+
+
+def _score(model: tr.Model, text: bytes, **settings: Any) -> float:
+    return tr.score(model.session(**settings), text).bits_per_token
+
+
+# --- run
+
+
+def test_run_prints_one_json_object(titans: Titans, tiny_bundle: Path, text: Path, model: tr.Model) -> None:
+    outcome = titans("run", tiny_bundle, text, "--json")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert len(outcome.out.splitlines()) == 1
+    fields = outcome.json
+    assert fields["bits_per_byte"] == pytest.approx(_score(model, TEXT), abs=1e-4)
+    assert fields["bytes"] == fields["position"] == len(TEXT)
+    assert fields["edit"] == [0.5, 0.5]
+    assert fields["editor"] == {"objective": "readout", "step": 0.5, "chunk": 4}
+    assert fields["bundle"] == model.manifest.identity
+    assert fields["seconds"] >= 0
+    assert fields["tokens_per_second"] > 0
+
+
+def test_run_prints_one_line_a_field_for_people(titans: Titans, tiny_bundle: Path, text: Path) -> None:
+    outcome = titans("run", tiny_bundle, text)
+    assert outcome.code == 0
+    assert outcome.out.splitlines()[0].startswith("bits_per_byte")
+
+
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        (["--no-edit"], {"edit": 0.0, "editor": None}),
+        (["--edit", "0.25", "--editor", "none"], {"edit": 0.25, "editor": None}),
+        (["--edit", "0"], {"edit": 0.0}),
+        (["--editor", "readout:step=0.25,chunk=2"], {"editor": tr.Editor(step=0.25, chunk=2)}),
+    ],
+)
+def test_editing_options_are_those_of_the_session(
+    titans: Titans,
+    tiny_bundle: Path,
+    text: Path,
+    model: tr.Model,
+    options: list[str],
+    settings: dict[str, Any],
+) -> None:
+    fields = titans("run", tiny_bundle, text, "--json", *options).json
+    assert fields["bits_per_byte"] == pytest.approx(_score(model, TEXT, **settings), abs=1e-4)
+    assert fields["bits_per_byte"] != pytest.approx(_score(model, TEXT), abs=1e-3)
+
+
+def test_standard_input_is_a_file_named_dash(
+    titans: Titans, tiny_bundle: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = titans("run", tiny_bundle, text, "--json").json["bits_per_byte"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT)))
+    assert titans("run", tiny_bundle, "-", "--json").json["bits_per_byte"] == expected
+
+
+@pytest.mark.parametrize("options", [[], ["--no-edit"], ["--edit", "1", "--editor", "readout:chunk=7"]])
+def test_two_halves_give_the_bits_of_the_whole(
+    titans: Titans, tiny_bundle: Path, text: Path, tmp_path: Path, model: tr.Model, options: list[str]
+) -> None:
+    memory, half = tmp_path / "memory", 61
+    whole = titans("run", tiny_bundle, text, "--json", "--state-out", tmp_path / "whole", *options).json
+    text.write_bytes(TEXT[:half])
+    first = titans("run", tiny_bundle, text, "--json", "--state-out", memory, *options).json
+    text.write_bytes(TEXT[half:])
+    second = titans("run", tiny_bundle, text, "--json", "--state-in", memory, "--state-out", memory).json
+    assert (second["edit"], second["editor"]) == (whole["edit"], whole["editor"])
+    assert second["position"] == len(TEXT)
+    total = half * first["bits_per_byte"] + (len(TEXT) - half) * second["bits_per_byte"]
+    assert total / len(TEXT) == pytest.approx(whole["bits_per_byte"], abs=2e-4)
+    ends = [model.load_session(path).last_logits for path in (memory, tmp_path / "whole")]
+    np.testing.assert_allclose(*ends, atol=1e-4)
+
+
+def test_a_memory_continues_as_the_session_would(
+    titans: Titans, tiny_bundle: Path, text: Path, tmp_path: Path, model: tr.Model
+) -> None:
+    titans("run", tiny_bundle, text, "--state-out", tmp_path / "memory", "--threads", 1)
+    session = model.session()
+    tr.score(session, TEXT)
+    assert_same_snapshot(model.load_session(tmp_path / "memory").snapshot(), session.snapshot())
+
+
+# --- generate
+
+
+def test_generate_continues_a_prompt(titans: Titans, tiny_bundle: Path, model: tr.Model) -> None:
+    options = ["--prompt", "Once", "--max-new-tokens", "12", "--seed", "3", "--threads", "1"]
+    outcome = titans("generate", tiny_bundle, *options)
+    session = model.session()
+    session.append(b"Once")
+    expected = bytes(session.generate(12, 0.8, seed=3)).decode("utf-8", "replace")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out == expected + "\n"
+    assert titans("generate", tiny_bundle, *options).out == outcome.out
+
+
+def test_generate_continues_a_memory_and_saves_it(
+    titans: Titans, tiny_bundle: Path, tmp_path: Path, text: Path, model: tr.Model
+) -> None:
+    memory = tmp_path / "memory"
+    titans("run", tiny_bundle, text, "--state-out", memory)
+    state = ["--state-in", memory, "--state-out", memory]
+    outcome = titans("generate", tiny_bundle, "--max-new-tokens", 5, "--learn", *state)
+    assert outcome.code == 0
+    assert model.load_session(memory).position == len(TEXT) + 5
+
+
+def test_learning_from_samples_is_asked_for(titans: Titans, tiny_bundle: Path, tmp_path: Path) -> None:
+    def readout(*options: str) -> np.ndarray:
+        memory = tmp_path / "memory"
+        command = ["--prompt", "Once", "--max-new-tokens", 20, "--seed", 1, "--state-out", memory]
+        assert titans("generate", tiny_bundle, *command, *options).code == 0
+        return load_file(memory)["state.readout"]
+
+    assert not np.array_equal(readout(), readout("--learn"))
+
+
+def test_a_prompt_may_hold_any_bytes(
+    titans: Titans, tiny_bundle: Path, tmp_path: Path, model: tr.Model
+) -> None:
+    """Bytes of the command line that are no UTF-8 reach Python as surrogates."""
+    outcome = titans(
+        "generate", tiny_bundle, "--prompt", "\udcff", "--max-new-tokens", 0, "--state-out", tmp_path / "m"
+    )
+    assert (outcome.code, outcome.out) == (0, "\n")
+    expected = model.session().append(b"\xff")[-1]
+    np.testing.assert_allclose(model.load_session(tmp_path / "m").last_logits, expected, atol=1e-5)
+
+
+# --- inspect and verify
+
+
+def test_inspect_describes_a_bundle(titans: Titans, tiny_bundle: Path, model: tr.Model) -> None:
+    fields = titans("inspect", tiny_bundle, "--json").json
+    assert fields["identity"] == model.manifest.identity
+    assert fields["files"].keys() == model.manifest.files.keys()
+    buffers = model.session().snapshot().arrays
+    assert fields["state_bytes_per_session"] == sum(array.nbytes for array in buffers.values())
+    assert titans("inspect", tiny_bundle / "titans.json", "--json").json == fields
+    lines = titans("inspect", tiny_bundle).out.splitlines()
+    assert any(line.split() == ["identity", model.manifest.identity] for line in lines)
+
+
+def test_inspect_reads_no_weights(titans: Titans, bundle_copy: Path) -> None:
+    size = (bundle_copy / "weights.bin").stat().st_size
+    (bundle_copy / "weights.bin").write_bytes(bytes(size))
+    assert titans("inspect", bundle_copy).code == 0
+
+
+def test_inspect_describes_a_memory_file(
+    titans: Titans, tiny_bundle: Path, tmp_path: Path, text: Path, model: tr.Model
+) -> None:
+    titans("run", tiny_bundle, text, "--state-out", tmp_path / "memory")
+    fields = titans("inspect", tmp_path / "memory", "--json").json
+    assert fields["bundle"] == model.manifest.identity
+    assert fields["position"] == len(TEXT)
+    assert fields["tensors"]["state.readout"] == [1, 96, 256]
+    assert "state.readout" in titans("inspect", tmp_path / "memory").out
+
+
+def test_verify_passes_and_says_so(titans: Titans, tiny_bundle: Path) -> None:
+    outcome = titans("verify", tiny_bundle, "--threads", 1)
+    assert outcome.code == 0
+    assert outcome.out.splitlines()[-1].startswith("PASSED: ")
+    fields = titans("verify", tiny_bundle, "--json").json
+    assert fields["passed"] is True
+    assert all(check["error"] <= check["limit"] for check in fields["checks"])
+
+
+def test_verify_fails_with_code_one_and_names_the_output(titans: Titans, tiny_bundle: Path) -> None:
+    outcome = titans("verify", tiny_bundle, "--atol", "logits:0", "--rtol", "0")
+    assert outcome.code == 1
+    failed = [line for line in outcome.out.splitlines() if line.startswith("✗")]
+    assert failed
+    assert any(".logits " in line for line in failed)
+    fields = titans("verify", tiny_bundle, "--json", "--atol", "0", "--rtol", "0").json
+    assert fields["passed"] is False
+
+
+def test_verify_fails_for_an_altered_golden(titans: Titans, bundle_copy: Path) -> None:
+    goldens = load_file(bundle_copy / "goldens.safetensors")
+    name = next(name for name in goldens if name.endswith("output.logits"))
+    goldens[name][0, 0, 0] += 1
+    save_file(goldens, bundle_copy / "goldens.safetensors")
+    change_manifest(bundle_copy, lambda content: None, rehash=True)
+    outcome = titans("verify", bundle_copy)
+    assert outcome.code == 1
+    failed = [line.split()[1] for line in outcome.out.splitlines() if line.startswith("✗")]
+    assert failed == [name.replace(".output.", ".")]
+
+
+# --- refusals
+
+
+def test_without_a_command_help_is_printed(titans: Titans) -> None:
+    outcome = titans()
+    assert outcome.code == 0
+    for command in ("run", "generate", "inspect", "verify"):
+        assert command in outcome.out
+
+
+def test_the_version_is_the_packages(titans: Titans) -> None:
+    assert titans("--version").out == f"titans {tr.__version__}\n"
+
+
+USAGE = {
+    "no such command": ["fly"],
+    "no such option": ["run", "{bundle}", "{text}", "--fast"],
+    "argument missing": ["run", "{bundle}"],
+    "not a number": ["run", "{bundle}", "{text}", "--edit", "much"],
+    "edit out of range": ["run", "{bundle}", "{text}", "--edit", "2"],
+    "edit NaN": ["run", "{bundle}", "{text}", "--edit", "nan"],
+    "editor malformed": ["run", "{bundle}", "{text}", "--editor", "readout:step"],
+    "editor unknown": ["run", "{bundle}", "{text}", "--editor", "other"],
+    "no edit and edit": ["run", "{bundle}", "{text}", "--no-edit", "--edit", "1"],
+    "no edit and editor": ["run", "{bundle}", "{text}", "--no-edit", "--editor", "none"],
+    "memory and edit": ["run", "{bundle}", "{text}", "--state-in", "{memory}", "--edit", "1"],
+    "threads": ["run", "{bundle}", "{text}", "--threads", "0"],
+    "state-out nowhere": ["run", "{bundle}", "{text}", "--state-out", "{nowhere}/memory"],
+    "state-out is a folder": ["run", "{bundle}", "{text}", "--state-out", "{bundle}"],
+    "no prompt": ["generate", "{bundle}"],
+    "temperature": ["generate", "{bundle}", "--prompt", "a", "--temperature", "-1"],
+    "top-p": ["generate", "{bundle}", "--prompt", "a", "--top-p", "0"],
+    "top-k": ["generate", "{bundle}", "--prompt", "a", "--top-k", "-2"],
+    "seed": ["generate", "{bundle}", "--prompt", "a", "--seed", "-1"],
+    "tokens": ["generate", "{bundle}", "--prompt", "a", "--max-new-tokens", "-1"],
+    "tolerance": ["verify", "{bundle}", "--atol", "logits:small"],
+    "tolerance of nothing": ["verify", "{bundle}", "--atol", "logit:1"],
+}
+DATA = {
+    "no bundle": ["run", "{nowhere}", "{text}"],
+    "no file": ["run", "{bundle}", "{nowhere}"],
+    "file is a folder": ["run", "{bundle}", "{bundle}"],
+    "empty file": ["run", "{bundle}", "{empty}"],
+    "no memory": ["run", "{bundle}", "{text}", "--state-in", "{nowhere}"],
+    "damaged memory": ["run", "{bundle}", "{text}", "--state-in", "{text}"],
+    "inspect nothing": ["inspect", "{nowhere}"],
+    "inspect text": ["inspect", "{text}"],
+    "inspect empty": ["inspect", "{empty}"],
+    "verify nothing": ["verify", "{nowhere}"],
+    "verify a folder": ["verify", "{folder}"],
+    "damaged bundle": ["verify", "{damaged}"],
+}
+ENVIRONMENT = {
+    "provider": ["run", "{bundle}", "{text}", "--provider", "CPUExecutionProvidr"],
+    "provider of verify": ["verify", "{bundle}", "--provider", "Cuda"],
+    "provider of generate": ["generate", "{bundle}", "--prompt", "a", "--provider", "Cuda"],
+}
+REFUSALS = [
+    pytest.param(command, code, id=name)
+    for code, commands in ((2, USAGE), (3, DATA), (4, ENVIRONMENT))
+    for name, command in commands.items()
+]
+
+
+@pytest.mark.parametrize(("command", "code"), REFUSALS)
+def test_a_users_mistake_is_at_most_two_lines_and_a_code(
+    titans: Titans, bundle_copy: Path, tiny_bundle: Path, tmp_path: Path, command: list[str], code: int
+) -> None:
+    (bundle_copy / "weights.bin").write_bytes(b"")
+    paths = {name: tmp_path / name for name in ("text", "empty", "nowhere", "folder")}
+    paths["text"].write_bytes(TEXT)
+    paths["empty"].touch()
+    paths["folder"].mkdir()
+    paths |= {"bundle": tiny_bundle, "damaged": bundle_copy, "memory": tmp_path / "memory"}
+    outcome = titans(*(argument.format(**paths) for argument in command))
+    assert outcome.code == code, outcome.err
+    assert outcome.out == ""
+    lines = outcome.err.splitlines()
+    assert 1 <= len(lines) <= 2
+    assert all(line.startswith("titans: ") for line in lines)
+    assert "Traceback" not in outcome.err
+
+
+def test_empty_standard_input_is_refused(
+    titans: Titans, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    outcome = titans("run", tiny_bundle, "-")
+    assert (outcome.code, outcome.err) == (3, "titans: -: is empty; give at least one byte\n")
+
+
+def test_a_disk_that_is_full_is_a_matter_of_the_machine(
+    titans: Titans, tiny_bundle: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+    outcome = titans("run", tiny_bundle, text, "--state-out", tmp_path / "memory")
+    assert outcome.code == 4
+    assert outcome.err == f"titans: {tmp_path}/memory: cannot be written (No space left on device)\n"
+    assert not (tmp_path / "memory").exists()
+
+
+def test_ctrl_c_is_one_line(
+    titans: Titans, tiny_bundle: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tr.Session, "append", interrupt)
+    outcome = titans("run", tiny_bundle, text)
+    assert (outcome.code, outcome.out, outcome.err) == (130, "", "titans: interrupted\n")
+
+
+def test_a_reader_that_leaves_is_no_error(tiny_bundle: Path) -> None:
+    """`titans generate … | head -c 1`, in a process of its own because it closes standard output."""
+    options = ["--prompt", "a", "--max-new-tokens", "50", "--seed", "1"]
+    command = [sys.executable, "-m", "titans_runtime", "generate", str(tiny_bundle), *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    errors = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() == 0
+    assert errors == b""
