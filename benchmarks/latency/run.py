@@ -1,6 +1,6 @@
 """Latency of the exported model against PyTorch eager: one command, one results file.
 
-    .venv/bin/python benchmarks/latency/run.py --preset base --threads 1
+    .venv/bin/python -m benchmarks.latency.run --preset base --threads 1
 
 Random weights serve for latency. Both sides run alternately in one process on the same weights and
 tokens, after their outputs were compared; the ratio is what counts on a shared machine.
@@ -29,6 +29,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 
 def main() -> None:
+    """Measure, print the table, write the results file."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -75,7 +76,7 @@ def table(rows: list[LatencyRow]) -> str:
 def record(args: argparse.Namespace, rows: list[LatencyRow]) -> dict[str, object]:
     """The rows with what one needs to compare them with others."""
     return {
-        "command": f"python benchmarks/latency/run.py --preset {args.preset} --threads {args.threads} "
+        "command": f"python -m benchmarks.latency.run --preset {args.preset} --threads {args.threads} "
         f"--prefill {args.prefill} --decode {args.decode} --rounds {args.rounds}",
         "machine": {"processor": _processor(), "threads": args.threads, "system": platform.system()},
         "versions": {name: version(name) for name in ("torch", "onnxruntime", "numpy", "titans-runtime")},

@@ -1,0 +1,1 @@
+"""Measurements. Each folder has a command that makes its results again."""

@@ -1,0 +1,1 @@
+"""Whether editing helps, and what the manifest recommends."""

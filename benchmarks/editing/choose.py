@@ -1,0 +1,75 @@
+"""Choose the editing that a checkpoint recommends, on development text alone.
+
+    .venv/bin/python -m benchmarks.editing.choose checkpoints/nano
+
+Scores the development files of the training corpus, and a log, for a grid of step sizes and
+periods, and writes the best to ``editing.json`` in the checkpoint. What is best is judged by the
+mean of the two ratios edited / unedited. Nothing held out is read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import tempfile
+from pathlib import Path
+
+import titans_runtime as tr
+from titans_export.pipeline import EDITING_FILE, export_bundle
+from titans_export.training.checkpoint import write_json
+from titans_export.training.data import Source, load_corpus
+from titans_runtime.progress import progress_bar
+
+HERE = Path(__file__).parent
+STEPS = (0.25, 0.5, 0.75, 1.0, 2.0)
+CHUNKS = (2, 4, 8)
+LIMIT = 12 * 1024
+FILES = 6
+
+
+def main() -> None:
+    """Sweep, print the grid, write the choice."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        export_bundle(args.checkpoint, Path(folder, "bundle"))
+        model = tr.load(Path(folder, "bundle"), threads=args.threads)
+        kinds = development_texts()
+        off = {kind: bits(model, sources, None) for kind, sources in kinds.items()}
+        grid = {}
+        for step, chunk in progress_bar(list(itertools.product(STEPS, CHUNKS)), "choosing"):
+            editor = tr.Editor(step=step, chunk=chunk)
+            ratios = {kind: bits(model, sources, editor) / off[kind] for kind, sources in kinds.items()}
+            grid[editor] = ratios
+            print(f"step {step:<5} chunk {chunk}  " + "  ".join(f"{k} {r:.4f}" for k, r in ratios.items()))
+    best = min(grid, key=lambda editor: sum(grid[editor].values()))
+    path = args.checkpoint / EDITING_FILE
+    write_json(path, {"edit": 0.0, "editor": best.to_dict()})
+    print(f"{path}: {json.dumps(best.to_dict())}")
+
+
+def development_texts() -> dict[str, list[Source]]:
+    """The longest development files, and the development log."""
+    log = HERE.parent / "data" / "alternatives.log"
+    longest = sorted(load_corpus(["stdlib"]).development, key=lambda source: -len(source.data))[:FILES]
+    return {
+        "python": [Source(source.name, source.data[:LIMIT]) for source in longest],
+        "log": [Source(log.name, log.read_bytes()[:LIMIT])],
+    }
+
+
+def bits(model: tr.Model, sources: list[Source], editor: tr.Editor | None) -> float:
+    """Total bits of the sources, each from an empty memory."""
+    return sum(
+        float(tr.score(model.session(edit=0.0, editor=editor), source.data).bits.sum(dtype=float))
+        for source in sources
+    )
+
+
+if __name__ == "__main__":
+    main()

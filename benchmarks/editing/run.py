@@ -1,0 +1,122 @@
+"""Does editing help? Bits per byte with editing off, on, and under controls, through exported bundles.
+
+    .venv/bin/python -m benchmarks.editing.run checkpoints/nano [CHECKPOINT …]
+
+One results file a checkpoint; a finished one is not run again. The table over all of them, which
+should differ in their training seed only, is printed and written to benchmarks/results/editing.md.
+Texts are held out: nothing was trained or tuned on them. Every byte is scored before the memory
+sees it; each file begins with an empty memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import lzma
+import math
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import titans_runtime as tr
+from benchmarks.editing.controls import BiasOnly, ShuffledKeys, controlled_session
+from titans_export.pipeline import export_bundle
+from titans_export.training.data import Source, load_corpus, stdlib_folder
+from titans_runtime.progress import progress_bar
+
+HERE = Path(__file__).parent
+RESULTS = HERE.parent / "results"
+LIMIT = 32 * 1024  # bytes of each file
+COLUMNS = ("off", "on", "shuffled keys", "bias only", "xz")
+
+
+def main() -> None:
+    """Run what has no results yet, then write the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoints", nargs="+", type=Path)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    results = []
+    for checkpoint in args.checkpoints:
+        seed = json.loads((checkpoint / "training.json").read_text(encoding="utf-8"))["training"]["seed"]
+        path = RESULTS / f"editing-seed{seed}.json"
+        if not path.exists():
+            result = {"seed": seed, "texts": measure(checkpoint, args.threads)}
+            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        results.append(json.loads(path.read_text(encoding="utf-8")))
+    text = table(results)
+    (RESULTS / "editing.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+def texts() -> dict[str, list[Source]]:
+    """The held-out texts by kind, each file cut to ``LIMIT``."""
+    log = HERE.parent / "data" / "dpkg.log"
+    prose = stdlib_folder() / "pydoc_data" / "topics.py"
+    kinds = {
+        "held-out Python": load_corpus(["stdlib"]).held_out,
+        "package log": [Source(log.name, log.read_bytes())],
+        "reference manual": [Source(prose.name, prose.read_bytes())],
+    }
+    return {
+        kind: [Source(source.name, source.data[:LIMIT]) for source in sources if len(source.data) > 1]
+        for kind, sources in kinds.items()
+    }
+
+
+def measure(checkpoint: Path, threads: int) -> dict[str, dict[str, float]]:
+    """Bits per byte by kind of text and column."""
+    with tempfile.TemporaryDirectory() as folder:
+        export_bundle(checkpoint, Path(folder, "bundle"))
+        model = tr.load(Path(folder, "bundle"), threads=threads)
+        editor = tr.Editor.from_dict(model.manifest.recommended["editor"])
+        sessions: dict[str, Callable[[], tr.Session]] = {
+            "off": lambda: model.session(edit=0.0, editor=None),
+            "on": model.session,
+            "shuffled keys": lambda: controlled_session(model, editor, ShuffledKeys),
+            "bias only": lambda: controlled_session(model, editor, BiasOnly),
+        }
+        measured: dict[str, dict[str, float]] = {}
+        for kind, sources in texts().items():
+            row = {name: _bits(sources, session, f"{kind}, {name}") for name, session in sessions.items()}
+            packed = sum(len(lzma.compress(source.data, preset=9)) for source in sources)
+            measured[kind] = row | {"xz": 8 * packed / sum(len(source.data) for source in sources)}
+    return measured
+
+
+def _bits(sources: list[Source], session: Callable[[], tr.Session], label: str) -> float:
+    total = 0.0
+    for source in progress_bar(sources, label, "file"):
+        total += float(tr.score(session(), source.data).bits.sum(dtype=float))
+    return total / sum(len(source.data) for source in sources)
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Mean over seeds, with the spread of the ratio on / off."""
+    lines = [
+        (
+            f"Bits per byte, mean of {len(results)} training seeds "
+            f"({', '.join(str(result['seed']) for result in results)}); on / off with its range over them."
+        ),
+        "",
+        "| text | " + " | ".join(COLUMNS) + " | on / off |",
+        "|---|" + "---|" * (len(COLUMNS) + 1),
+    ]
+    for kind in results[0]["texts"]:
+        rows = [result["texts"][kind] for result in results]
+        means = [statistics.mean(row[column] for row in rows) for column in COLUMNS]
+        ratios = [row["on"] / row["off"] for row in rows]
+        lines.append(
+            f"| {kind} | "
+            + " | ".join("–" if math.isnan(mean) else f"{mean:.3f}" for mean in means)
+            + f" | **{statistics.mean(ratios):.3f}** ({min(ratios):.3f}-{max(ratios):.3f}) |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

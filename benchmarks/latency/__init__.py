@@ -1,0 +1,1 @@
+"""The exported model against its peers, side by side."""
