@@ -43,7 +43,7 @@ class Sampling:
             return int(logits.argmax())
         with np.errstate(over="ignore"):  # a tiny temperature: -inf, whose probability is 0
             scaled = (logits.astype(np.float64) - float(logits.max())) / self.temperature
-        order = np.argsort(-scaled, kind="stable")
+        order = np.argsort(-logits, kind="stable")
         if self.top_k:
             order = order[: self.top_k]
         probability = np.exp(scaled[order])

@@ -53,7 +53,7 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-def _score(model: tr.Model, text: bytes, **settings: Any) -> float:
+def _score(model: tr.Model, text: bytes, **settings: Any) -> float:  # noqa: ANN401 - arguments of Model.session
     return tr.score(model.session(**settings), text).bits_per_token
 
 
