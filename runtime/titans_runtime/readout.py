@@ -21,6 +21,9 @@ UNKNOWN = -1
 """Target of a position whose next token has not come, or must not be learnt from."""
 
 
+_BLOCK = 1 << 15  # floats: two blocks fit a second-level cache of 512 KiB
+
+
 class ReadoutEditor:
     """The pending period of one session, bound to the gradient graph and to the memory itself."""
 
@@ -110,11 +113,13 @@ class ReadoutEditor:
         self._base[0, : self.count] = arrays["pending.base_logits"]
         self._targets[0, : self.count] = arrays["pending.targets"]
 
-    def withdraw(self, count: int) -> None:
-        """Forget all but the first ``count`` pending positions, and the token that followed them."""
-        self.count = count
-        if count:
-            self._targets[0, count - 1] = UNKNOWN
+    def _descend(self, gradient: Array, memory: Array) -> None:
+        """``memory -= step · gradient``, block by block: one pass through the slower caches, not two."""
+        step = np.float32(self.editor.step)
+        for start in range(0, len(memory), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            gradient[block] *= step
+            memory[block] -= gradient[block]
 
     def _append(self, ids: Array, keys: Array, base: Array, teach: bool) -> None:
         rows = slice(self.count, self.count + len(ids))
@@ -148,9 +153,7 @@ class ReadoutEditor:
                 raise NumericsError(
                     "the readout memory's gradient is not finite; the session is as it was before the call"
                 )
-            gradient *= np.float32(self.editor.step)
-            memory = self._readout.reshape(-1)
-            np.subtract(memory, gradient, out=memory)
+            self._descend(gradient, self._readout.reshape(-1))
             report.updates += 1
             report.gradient_norm.append(norm)
             report.surprise.extend(self._loss[0, : self.count][known].tolist())

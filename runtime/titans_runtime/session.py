@@ -403,21 +403,17 @@ class Session:
             learns: whether the call edits by another editor than the session's own.
         """
         learns = learns or (self._readout is not None and self._readout.will_learn(tokens))
-        cheap = tokens <= SEGMENT and not learns
-        before = None if cheap else self._snapshot()
-        side, position, last = self._buffers.current, self.position, self._last_logits
-        count = self._readout.count if self._readout else 0
-        editor, readout = self.editor, self._readout
+        self._buffers.hold(alternating=tokens > SEGMENT, shared=learns)
+        pending = self._readout.export() if self._readout else {}
+        position, last, editor, readout = self.position, self._last_logits, self.editor, self._readout
         try:
             yield
         except BaseException:
-            self.editor, self._readout = editor, readout
-            self._buffers.current = side
+            self._buffers.recover()
             self.position, self._last_logits = position, last
-            if before is not None:
-                self._restore(before)
-            elif self._readout:
-                self._readout.withdraw(count)
+            self.editor, self._readout = editor, readout
+            if readout:
+                readout.restore(pending)
             raise
 
 

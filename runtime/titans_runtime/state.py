@@ -64,6 +64,9 @@ class StateBuffers:
             second[entry.name] = np.empty_like(first[entry.name]) if changes else first[entry.name]
         self.sets = (first, second)
         self.current = 0
+        self._held: Arrays = {}  # kept between calls: fresh memory costs more than the copy itself
+        self._held_names: list[str] = []
+        self._held_current = 0
 
     @property
     def past(self) -> Arrays:
@@ -74,6 +77,28 @@ class StateBuffers:
     def spare(self) -> Arrays:
         """Where the next call writes."""
         return self.sets[1 - self.current]
+
+    def hold(self, alternating: bool, shared: bool) -> None:
+        """Remember the state as it stands, for :meth:`recover`.
+
+        Args:
+            alternating: copy the entries with two buffers; one call of a graph alone leaves their
+                past untouched, a second one overwrites it.
+            shared: copy the entries with one buffer, which an editor changes in place.
+        """
+        past, spare = self.past, self.spare
+        self._held_current = self.current
+        self._held_names = [name for name in past if (shared if past[name] is spare[name] else alternating)]
+        for name in self._held_names:
+            if name not in self._held:
+                self._held[name] = np.empty_like(past[name])
+            np.copyto(self._held[name], past[name])
+
+    def recover(self) -> None:
+        """Go back to what :meth:`hold` remembered."""
+        self.current = self._held_current
+        for name in self._held_names:
+            np.copyto(self.past[name], self._held[name])
 
     def swap(self) -> None:
         """Take what a call has written as the state."""
