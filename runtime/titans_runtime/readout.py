@@ -21,9 +21,6 @@ UNKNOWN = -1
 """Target of a position whose next token has not come, or must not be learnt from."""
 
 
-_BLOCK = 1 << 15  # floats: two blocks fit a second-level cache of 512 KiB
-
-
 class ReadoutEditor:
     """The pending period of one session, bound to the gradient graph and to the memory itself."""
 
@@ -113,14 +110,6 @@ class ReadoutEditor:
         self._base[0, : self.count] = arrays["pending.base_logits"]
         self._targets[0, : self.count] = arrays["pending.targets"]
 
-    def _descend(self, gradient: Array, memory: Array) -> None:
-        """``memory -= step · gradient``, block by block: one pass through the slower caches, not two."""
-        step = np.float32(self.editor.step)
-        for start in range(0, len(memory), _BLOCK):
-            block = slice(start, start + _BLOCK)
-            gradient[block] *= step
-            memory[block] -= gradient[block]
-
     def _append(self, ids: Array, keys: Array, base: Array, teach: bool) -> None:
         rows = slice(self.count, self.count + len(ids))
         self._keys[0, rows] = keys
@@ -153,7 +142,9 @@ class ReadoutEditor:
                 raise NumericsError(
                     "the readout memory's gradient is not finite; the session is as it was before the call"
                 )
-            self._descend(gradient, self._readout.reshape(-1))
+            gradient *= np.float32(self.editor.step)
+            memory = self._readout.reshape(-1)
+            np.subtract(memory, gradient, out=memory)
             report.updates += 1
             report.gradient_norm.append(norm)
             report.surprise.extend(self._loss[0, : self.count][known].tolist())

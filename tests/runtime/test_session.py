@@ -30,6 +30,10 @@ from titans_runtime.readout import ReadoutEditor
 from titans_runtime.session import SEGMENT, checked_edit
 
 EDITORS = [None, Editor(step=0.5, chunk=1), Editor(step=0.5, chunk=4), Editor(step=0.5, chunk=7)]
+WORST_CASE = 1e-4
+"""What a search for the worst stream may find. For b"\\x15$" the first read from the memory is all but
+zero (rms 1e-4) before it is normalised: the cut at 1 makes a difference of 3e-5, eager PyTorch in float32
+is 4e-5 off float64, and half a unit in the last place of the weights moves the exact logits by 8e-5."""
 LONG = bytes(np.random.default_rng(0).integers(0, 256, SEGMENT + 90, dtype=np.uint8))
 editors = st.sampled_from(EDITORS)
 
@@ -43,7 +47,20 @@ def test_the_cuts_of_a_stream_do_not_matter(
 ) -> None:
     places = data.draw(cuts(len(text)))
     whole = model.session(edit, editor).append(text)
-    assert relative_error(append_parts(model.session(edit, editor), text, places), whole) <= 1e-5
+    assert relative_error(append_parts(model.session(edit, editor), text, places), whole) <= WORST_CASE
+
+
+@pytest.mark.parametrize("editor", EDITORS)
+@pytest.mark.parametrize("edit", [0.0, 0.5, 1.0])
+def test_the_cuts_of_random_streams_do_not_matter(
+    model: tr.Model, editor: Editor | None, edit: float
+) -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(10):
+        text = generator.bytes(40)
+        places = sorted(generator.choice(np.arange(1, 40), 5, replace=False).tolist())
+        whole = model.session(edit, editor).append(text)
+        assert relative_error(append_parts(model.session(edit, editor), text, places), whole) <= 1e-5
 
 
 @pytest.mark.parametrize("editor", EDITORS)
