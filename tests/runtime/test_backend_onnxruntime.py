@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -40,6 +41,11 @@ def test_a_provider_that_onnxruntime_drops_is_no_silent_fallback(
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["FastProvider"])
     with pytest.raises(tr.EnvironmentProblem, match="'FastProvider' cannot start on this machine, only CPU"):
         tr.load(tiny_bundle, ["FastProvider"])
+
+
+def test_one_name_in_place_of_a_list_is_refused(tiny_bundle: Path) -> None:
+    with pytest.raises(tr.UsageError, match="providers is the string 'CPUExecutionProvider'; give a list"):
+        tr.load(tiny_bundle, "CPUExecutionProvider")
 
 
 def test_threads_below_one_are_refused(tiny_bundle: Path) -> None:
@@ -119,6 +125,32 @@ def test_a_file_that_is_no_graph_is_a_damaged_bundle(bundle_copy: Path) -> None:
     with pytest.raises(tr.BundleError, match=r"model\.onnx: cannot be loaded") as caught:
         tr.load(bundle_copy)
     assert len(str(caught.value).splitlines()) <= 2
+
+
+@pytest.mark.parametrize("field", ["IR version", "opset"])
+def test_a_graph_of_the_future_asks_for_a_newer_onnxruntime(
+    bundle_copy: Path, capfd: pytest.CaptureFixture[str], field: str
+) -> None:
+    graph = (bundle_copy / "model.onnx").read_bytes()
+    requires = json.loads((bundle_copy / "titans.json").read_text("utf-8"))["requires"]
+    if field == "opset":  # OperatorSetIdProto of the default domain: field 2 alone, after the model's field 8
+        old, new = bytes([0x42, 2, 0x10, requires["opset"]]), bytes([0x42, 2, 0x10, 99])
+        if old not in graph:
+            old, new = bytes([0x42, 4, 0x0A, 0, 0x10, requires["opset"]]), bytes([0x42, 4, 0x0A, 0, 0x10, 99])
+        assert graph.count(old) == 1
+    else:
+        old, new = bytes([0x08, requires["ir_version"]]), bytes([0x08, 99])
+        assert graph.startswith(old)
+    (bundle_copy / "model.onnx").write_bytes(graph.replace(old, new, 1))
+    change_manifest(bundle_copy, lambda content: None, rehash=True)
+    with pytest.raises(tr.EnvironmentProblem, match=r"newer than onnxruntime .*; upgrade onnxruntime"):
+        tr.load(bundle_copy)
+    assert capfd.readouterr() == ("", ""), "ONNX Runtime prints nothing of its own"
+
+
+def test_threads_do_not_spin_while_they_wait(model: tr.Model) -> None:
+    options = model.graph._session.get_session_options()
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
 
 
 def test_another_graph_under_the_name_is_refused(bundle_copy: Path) -> None:

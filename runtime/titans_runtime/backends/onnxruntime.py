@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from titans_runtime.backends import Array, Call, Graph
 from titans_runtime.bundle import WEIGHTS_NAME, Bundle
-from titans_runtime.errors import BundleError, EnvironmentProblem
+from titans_runtime.errors import BundleError, EnvironmentProblem, TitansError, UsageError
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -17,7 +18,8 @@ _TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "int64": "te
 DEFAULT_PROVIDERS = ("CPUExecutionProvider",)
 _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 _NOWHERE = "/no-files-but-those-given"
-_QUIET = 3  # errors only; what else it has to say is not for a user of a verified graph
+_QUIET = 4  # what it has to say comes as an exception, too, which is said in a line of ours
+_NEWER = ("max supported IR version", "Current official support")  # how it refuses a file from its future
 
 
 class OnnxRuntimeBackend:
@@ -67,6 +69,9 @@ class OnnxRuntimeBackend:
         options.inter_op_num_threads = 1
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
+        # Threads that spin while they wait keep cores busy between tokens, and beside other work more
+        # than halved the speed of prefill with two threads on two cores; decode was the same.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # A graph from bytes would take data that is not given below from the working directory, unchecked.
         options.add_session_config_entry(_DATA_FOLDER, _NOWHERE)
         graph = self._bundle.read(spec.file)
@@ -79,10 +84,21 @@ class OnnxRuntimeBackend:
         try:
             session = self._ort.InferenceSession(graph, options, providers=list(self._providers))
         except Exception as error:  # noqa: BLE001 - onnxruntime has no public base class for its errors
-            raise BundleError(f"{self._bundle.folder / spec.file}: cannot be loaded ({error})") from None
+            raise self._refusal(self._bundle.folder / spec.file, str(error)) from None
         _check_fallback(session.get_providers(), self._providers)
         _check_interface(session, spec, self._bundle)
         return session
+
+    def _refusal(self, path: Path, message: str) -> TitansError:
+        """ONNX Runtime's own words, which may be many lines, as one of ours."""
+        reason = " ".join(message.split())
+        if any(words in reason for words in _NEWER):
+            requires = self._bundle.manifest.requires
+            return EnvironmentProblem(
+                f"{path}: needs opset {requires['opset']} and IR version {requires['ir_version']}, which are "
+                f"newer than onnxruntime {self._ort.__version__}; upgrade onnxruntime"
+            )
+        return BundleError(f"{path}: cannot be loaded ({reason})")
 
 
 class OnnxRuntimeGraph:
@@ -139,6 +155,8 @@ def _import_onnxruntime() -> Any:  # noqa: ANN401 - a module
 
 
 def _checked_providers(ort: Any, providers: Sequence[str] | None) -> tuple[str, ...]:  # noqa: ANN401
+    if isinstance(providers, str):
+        raise UsageError(f"providers is the string {providers!r}; give a list of names")
     wanted = tuple(providers) if providers is not None else DEFAULT_PROVIDERS
     available = ort.get_available_providers()
     for name in wanted:
