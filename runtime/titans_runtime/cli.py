@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a check failed, 2 usage, 3 bad bundle, state or data, 4 en
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ _INTERRUPTED = 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. A user's mistake is one or two lines on stderr."""
+    _print_any_text()
     parser = _parser()
     try:
         args = parser.parse_args(arguments)
@@ -47,6 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return code
+
+
+def _print_any_text() -> None:
+    """Let a terminal that cannot show a character show a question mark, in place of a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -29,7 +29,8 @@ def verify(args: argparse.Namespace) -> int:
     report = verify_bundle(args.bundle, tolerances, args.rtol, args.provider, args.threads)
     if args.json:
         checks = [
-            {"name": c.name, "error": c.error, "limit": c.limit, "passed": c.passed} for c in report.checks
+            {"name": c.name, "error": _json_number(c.error), "limit": c.limit, "passed": c.passed}
+            for c in report.checks
         ]
         print(json.dumps({"passed": report.passed, "checks": checks}))
     else:
@@ -131,6 +132,11 @@ def _tolerance(text: str) -> tuple[str, float]:
         return name, float(value)
     except ValueError:
         raise UsageError(f"--atol {text}: expected a number, or OUTPUT:NUMBER") from None
+
+
+def _json_number(value: float) -> float | None:
+    """The number, or null: JSON knows neither NaN nor infinity."""
+    return value if math.isfinite(value) else None
 
 
 def _bundle_fields(folder: Path) -> dict[str, Any]:

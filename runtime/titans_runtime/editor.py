@@ -10,6 +10,7 @@ from titans_runtime.errors import UsageError
 
 OBJECTIVES = ("readout",)
 MAX_CHUNK = 1024
+MAX_STEP = 1e6  # far beyond any use, and far from where float32 ends
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class Editor:
         """
         if self.objective not in OBJECTIVES:
             raise UsageError(f"editor objective {self.objective!r}; known: {', '.join(OBJECTIVES)}")
-        if not (type(self.step) in (int, float) and math.isfinite(self.step) and self.step >= 0):
-            raise UsageError(f"editor step is {self.step}; it must be a finite number, 0 or more")
+        if type(self.step) not in (int, float) or not 0 <= self.step <= MAX_STEP:
+            raise UsageError(f"editor step is {self.step}; it must be a number from 0 to {MAX_STEP:g}")
         if not (type(self.chunk) is int and 1 <= self.chunk <= MAX_CHUNK):
             raise UsageError(f"editor chunk is {self.chunk}; it must be an integer from 1 to {MAX_CHUNK}")
 

@@ -19,6 +19,8 @@ def checked_tokens(tokens: Tokens, vocab_size: int) -> npt.NDArray[np.int64]:
     Raises:
         TokenError: empty, not of rank 1, not integers, or an id outside ``0 … vocab_size - 1``.
     """
+    if isinstance(tokens, list | tuple) and any(isinstance(token, bool | np.bool) for token in tokens):
+        raise TokenError("tokens are of type bool; expected integers")  # NumPy would mix 1 and 0 in
     try:
         given = (
             np.frombuffer(tokens, np.uint8) if isinstance(tokens, bytes | bytearray) else np.asarray(tokens)

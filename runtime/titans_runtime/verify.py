@@ -90,12 +90,16 @@ def verify(
 
     Raises:
         BundleError: the bundle or its goldens are damaged.
-        UsageError: ``atol`` names an output that the bundle does not have.
+        UsageError: ``atol`` names an output that the bundle does not have, or a tolerance is no
+            number from 0 on.
     """
     bundle = open_bundle(folder)
     tolerances = bundle.manifest.tolerances
     limits = {"": tolerances["atol"], **(atol or {})}
     relative = tolerances["rtol"] if rtol is None else rtol
+    for tolerance in (*limits.values(), relative):
+        if not 0 <= tolerance < np.inf:
+            raise UsageError(f"tolerance {tolerance}: it must be a finite number, 0 or more")
     backend = OnnxRuntimeBackend(bundle, providers, threads)
     checks = []
     known = {tensor.name for graph in bundle.manifest.graphs.values() for tensor in graph.outputs}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -249,6 +250,28 @@ def test_verify_fails_for_an_altered_golden(titans: Titans, bundle_copy: Path) -
 # --- refusals
 
 
+def test_verify_prints_json_where_a_deviation_is_no_number(titans: Titans, bundle_copy: Path) -> None:
+    path = bundle_copy / "goldens.safetensors"
+    goldens = load_file(path)
+    name = next(name for name in goldens if name.endswith("output.logits"))
+    goldens[name] = goldens[name][:, :-1].copy()
+    save_file(goldens, path)
+    change_manifest(bundle_copy, lambda content: None, rehash=True)
+    outcome = titans("verify", bundle_copy, "--json")
+    assert outcome.code == 1
+    content = json.loads(outcome.out, parse_constant=pytest.fail)
+    assert [check["error"] for check in content["checks"] if not check["passed"]] == [None]
+
+
+@pytest.mark.parametrize("command", [["verify"], ["generate", "--prompt", "ä", "--seed", "1"]])
+def test_a_terminal_without_unicode_gets_question_marks(tiny_bundle: Path, command: list[str]) -> None:
+    arguments = [sys.executable, "-m", "titans_runtime", command[0], str(tiny_bundle), *command[1:]]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run(arguments, env=environment, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"?" in done.stdout
+
+
 def test_without_a_command_help_is_printed(titans: Titans) -> None:
     outcome = titans()
     assert outcome.code == 0
@@ -282,6 +305,8 @@ USAGE = {
     "seed": ["generate", "{bundle}", "--prompt", "a", "--seed", "-1"],
     "tokens": ["generate", "{bundle}", "--prompt", "a", "--max-new-tokens", "-1"],
     "tolerance": ["verify", "{bundle}", "--atol", "logits:small"],
+    "tolerance NaN": ["verify", "{bundle}", "--atol", "nan"],
+    "tolerance below 0": ["verify", "{bundle}", "--rtol", "-1"],
     "tolerance of nothing": ["verify", "{bundle}", "--atol", "logit:1"],
 }
 DATA = {

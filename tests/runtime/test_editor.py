@@ -41,7 +41,8 @@ def test_the_objective_names_the_graph() -> None:
     [
         ({"objective": "other"}, "objective 'other'; known: readout"),
         ({"objective": None}, "objective None; known: readout"),
-        ({"step": -0.5}, "step is -0.5; it must be a finite number, 0 or more"),
+        ({"step": -0.5}, r"step is -0.5; it must be a number from 0 to 1e\+06"),
+        ({"step": 1e7}, "step is 10000000.0"),
         ({"step": math.nan}, "step is nan"),
         ({"step": math.inf}, "step is inf"),
         ({"step": "1"}, "step is 1"),

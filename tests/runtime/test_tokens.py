@@ -23,6 +23,8 @@ BAD = {
     "NaN": ([float("nan")], "tokens are of type float64; expected integers"),
     "float16": (np.zeros(3, np.float16), "tokens are of type float16; expected integers"),
     "bool": ([True, False], "tokens are of type bool; expected integers"),
+    "bool among integers": ([1, True], "tokens are of type bool; expected integers"),
+    "NumPy bool among integers": ((1, np.True_), "tokens are of type bool; expected integers"),
     "rank 2": (np.zeros((1, 3), np.int64), "tokens have 2 axes; expected one"),
     "rank 0": (np.int64(3), "tokens have 0 axes; expected one"),
     "ragged": ([[1], [2, 3]], "tokens are rows of different lengths; expected one axis"),
