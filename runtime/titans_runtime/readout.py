@@ -1,158 +1,244 @@
 """Editing the readout memory along a stream, one gradient period after the other.
 
-A period is ``chunk`` positions. All are scored with the readout memory as it stood when the period
-began. Once the target of its last position is known, which is the next period's first token, the
-memory takes one gradient step; only then is the next period scored. So every prediction is made
-before the memory sees its target.
+Period ``n`` is the positions ``n·chunk … (n+1)·chunk - 1`` of the stream. All are scored with the
+readout memory ``R`` as it stood when the period began. Once the target of its last position is known,
+which is the next period's first token, the memory takes one gradient step; only then is the next
+period scored. So every prediction is made before the memory sees its target.
+
+The loss depends on ``R`` through the logits alone. So a segment is scored once, with the memory as it
+stands, and the gradient graph is given those logits as base and the *change* of the memory since then
+as its memory. Every product is the graph's: NumPy only adds, and its own threads stay asleep.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from dataclasses import dataclass
 
 import numpy as np
 
 from titans_runtime.backends import Array, Arrays, Backend
+from titans_runtime.buffers import StateBuffers
 from titans_runtime.editor import Editor, EditReport
 from titans_runtime.errors import NumericsError
 
 UNKNOWN = -1
 """Target of a position whose next token has not come, or must not be learnt from."""
 
+_LARGEST_UPDATE = 1e30
+"""Norm of an update beyond which sums of updates might leave float32."""
+
+
+@dataclass(frozen=True)
+class PendingMark:
+    """Pending positions at one moment. ``arrays`` is None where a call can only add to them."""
+
+    count: int
+    arrays: Arrays | None
+
 
 class ReadoutEditor:
-    """The pending period of one session, bound to the gradient graph and to the memory itself."""
+    """The pending period of one session, bound to the gradient graph."""
 
-    def __init__(self, editor: Editor, backend: Backend, readout: Array, key_dim: int) -> None:
+    def __init__(self, editor: Editor, backend: Backend, buffers: StateBuffers) -> None:
         """Bind the graph to buffers for one period.
 
         Args:
             editor: step size and period.
             backend: holds the graph ``gradient.readout``.
-            readout: ``(1, Dr, V)`` float32, edited in place.
-            key_dim: ``Dr``.
+            buffers: hold the readout memory, ``(1, Dr, V)`` float32.
         """
-        chunk, vocab = editor.chunk, readout.shape[2]
+        chunk, (_, key_dim, vocab) = editor.chunk, buffers.readout.shape
         self.editor = editor
         self.count = 0
-        self._readout = readout
+        self._buffers = buffers
+        self._graph = backend.graph(editor.graph)
+        self._change = np.zeros(buffers.readout.shape, np.float32)  # zero, but for the time of `stream`
         self._targets = np.full((1, chunk), UNKNOWN, np.int64)
         self._keys = np.zeros((1, chunk, key_dim), np.float32)
-        self._base = np.zeros((1, chunk, vocab), np.float32)
+        self._scored = np.zeros((1, chunk, vocab), np.float32)
         self._logits = np.empty((1, chunk, vocab), np.float32)
         self._loss = np.empty((1, chunk), np.float32)
-        self._gradient = np.empty(readout.shape, np.float32)
-        self._call = backend.graph(editor.graph).bind(
+        self._gradient = np.empty(buffers.readout.shape, np.float32)
+        self._call = self._graph.bind(
             {
                 "input_ids": self._targets,
-                "past.readout": readout,
+                "past.readout": self._change,
                 "readout_key": self._keys,
-                "base_logits": self._base,
+                "base_logits": self._scored,
             },
             {"logits": self._logits, "loss": self._loss, "grad.readout": self._gradient},
         )
 
-    def will_learn(self, tokens: int) -> bool:
-        """Whether ``tokens`` more complete a period."""
-        return self.count + tokens > self.editor.chunk
+    def room(self, position: int) -> int:
+        """Positions from ``position`` to the end of its period."""
+        return self.editor.chunk - position % self.editor.chunk
 
-    def advance(self, ids: Array, keys: Array, logits: Array, teach: bool, report: EditReport) -> None:
-        """Score and learn from a segment that the model has just run.
+    def will_learn(self, position: int, tokens: int) -> bool:
+        """Whether ``tokens`` more from ``position`` on complete a period."""
+        ended = self.count > 0 and position % self.editor.chunk == 0
+        return ended or tokens > self.room(position)
+
+    def arrive(self, token: int, position: int, teach: bool, report: EditReport) -> None:
+        """Note the token that comes at ``position``; learn if that completes a period.
 
         Args:
-            ids: ``(T,)`` int64, the segment's tokens.
-            keys: ``(T, Dr)``, the readout key of each position.
-            logits: ``(T, V)``, computed with the memory as it stood at the segment's start;
-                rows that the memory has moved on from are rewritten.
-            teach: whether ``ids`` are to be learnt from (the model's own samples are not).
+            token: target of the last pending position.
+            position: where it stands in the stream.
+            teach: whether it is to be learnt from (the model's own samples are not).
             report: receives what was learnt.
 
         Raises:
-            NumericsError: a gradient is not finite; the caller restores the memory.
+            NumericsError: the gradient is not finite; the caller restores the memory.
         """
-        moved = False
-        base = logits
-        if self.will_learn(len(ids)):  # some rows need the logits without the memory's part
-            base = logits - keys @ self._readout[0]
-        start = 0
-        while start < len(ids):
-            moved |= self._close_period(ids[start], teach, report)
-            first, end = self.count, min(start + self.editor.chunk - self.count, len(ids))
-            rows = slice(start, end)
-            part = base[rows] if base is not logits else logits[rows] - keys[rows] @ self._readout[0]
-            self._append(ids[rows], keys[rows], part, teach)
-            if end < len(ids) and self._close_period(ids[end], teach, report):
-                if moved:  # the gradient graph has scored these rows on its way
-                    logits[rows] = self._logits[0, first : first + end - start]
-                moved = True
-            elif moved:
-                logits[rows] = part + keys[rows] @ self._readout[0]
-            start = end
+        if self.count == 0:
+            return
+        self._targets[0, self.count - 1] = token if teach else UNKNOWN
+        if position % self.editor.chunk == 0:
+            self._learn(report)
 
-    def finish(self, report: EditReport) -> None:
-        """Learn from the pending positions whose targets are known, ending their period early."""
-        if self.count > 1:
-            self._learn(report, keep_last=True)
+    def hold(self, ids: Array, keys: Array, logits: Array, teach: bool = True) -> None:
+        """Keep positions of the current period until their targets are known.
 
-    def export(self) -> Arrays:
-        """Copies of the pending positions, by name, for a snapshot."""
-        return {
-            "pending.readout_key": self._keys[0, : self.count].copy(),
-            "pending.base_logits": self._base[0, : self.count].copy(),
-            "pending.targets": self._targets[0, : self.count].copy(),
-        }
-
-    def restore(self, arrays: Arrays) -> None:
-        """Take up pending positions of a snapshot of the same period."""
-        self.count = len(arrays["pending.targets"])
-        self._keys[0, : self.count] = arrays["pending.readout_key"]
-        self._base[0, : self.count] = arrays["pending.base_logits"]
-        self._targets[0, : self.count] = arrays["pending.targets"]
-
-    def _append(self, ids: Array, keys: Array, base: Array, teach: bool) -> None:
+        Args:
+            ids: ``(T,)`` int64.
+            keys: ``(T, Dr)``, their readout keys.
+            logits: ``(T, V)`` as they were scored.
+            teach: whether ``ids`` are to be learnt from.
+        """
         rows = slice(self.count, self.count + len(ids))
         self._keys[0, rows] = keys
-        self._base[0, rows] = base
+        self._scored[0, rows] = logits
         self._targets[0, rows] = UNKNOWN
         if teach:
             self._targets[0, self.count : self.count + len(ids) - 1] = ids[1:]
         self.count += len(ids)
 
-    def _close_period(self, following: int, teach: bool, report: EditReport) -> bool:
-        """Note the token that followed the last pending position; learn if that completes a period."""
-        if self.count == 0:
-            return False
-        self._targets[0, self.count - 1] = following if teach else UNKNOWN
-        if self.count < self.editor.chunk:
-            return False
-        self._learn(report)
-        return True
+    def stream(self, ids: Array, keys: Array, logits: Array, position: int, report: EditReport) -> None:
+        """Learn from a segment that reaches beyond the current period.
 
-    def _learn(self, report: EditReport, keep_last: bool = False) -> None:
-        """One gradient step on the pending period, which is empty afterwards."""
+        Args:
+            ids: ``(T,)`` int64, the tokens from ``position`` on; all are learnt from.
+            keys: ``(T, Dr)``.
+            logits: ``(T, V)``, scored with the memory as it stands; rows of later periods are
+                rewritten with the memory of their period.
+            position: of the first token; nothing is due from before.
+            report: receives what was learnt.
+
+        Raises:
+            NumericsError: a gradient is not finite; the caller restores the memory.
+        """
+        chunk, start = self.editor.chunk, self.room(position)
+        self.hold(ids[:start], keys[:start], logits[:start])
+        self._targets[0, self.count - 1] = ids[start]
+        self._learn(report, streaming=True)
+        while start + chunk < len(ids):
+            rows = slice(start, start + chunk)
+            self.hold(ids[rows], keys[rows], logits[rows])
+            self._targets[0, -1] = ids[start + chunk]
+            self._learn(report, streaming=True)
+            logits[rows] = self._logits[0]
+            start += chunk
+        self._score(keys[start:], logits[start:])
+        self.hold(ids[start:], keys[start:], logits[start:])
+        memory = self._buffers.readout
+        np.add(memory, self._change, out=self._buffers.edit_readout())
+        self._change.fill(0)
+
+    def hand_over(self, token: int, report: EditReport) -> None:
+        """Learn from all pending positions, whose last target is ``token``: another editor takes over."""
+        if self.count:
+            self._targets[0, self.count - 1] = token
+            self._learn(report)
+
+    def finish(self, report: EditReport) -> Arrays:
+        """Learn from the pending positions whose targets are known.
+
+        Returns:
+            The last position, whose target is still to come, for :meth:`restore`.
+        """
+        pending = self.export()
+        if self.count > 1:
+            self._learn(report)
+        self.count = 0
+        return {name: array[-1:] for name, array in pending.items()}
+
+    def export(self) -> Arrays:
+        """Copies of the pending positions, by name, for a snapshot."""
+        return {
+            "pending.readout_key": self._keys[0, : self.count].copy(),
+            "pending.logits": self._scored[0, : self.count].copy(),
+            "pending.targets": self._targets[0, : self.count].copy(),
+        }
+
+    def restore(self, arrays: Arrays) -> None:
+        """Take up pending positions of the current period."""
+        self.count = len(arrays["pending.targets"])
+        self._keys[0, : self.count] = arrays["pending.readout_key"]
+        self._scored[0, : self.count] = arrays["pending.logits"]
+        self._targets[0, : self.count] = arrays["pending.targets"]
+
+    def mark(self, learns: bool) -> PendingMark:
+        """What :meth:`rewind` returns to. ``learns``: whether periods may end before that."""
+        return PendingMark(self.count, self.export() if learns else None)
+
+    def rewind(self, mark: PendingMark) -> None:
+        """Undo everything since the mark, but for the memory itself, which is the caller's."""
+        self._change.fill(0)
+        if mark.arrays is not None:
+            self.restore(mark.arrays)
+        self.count = mark.count
+        if self.count:
+            self._targets[0, self.count - 1] = UNKNOWN
+
+    def _learn(self, report: EditReport, streaming: bool = False) -> None:
+        """One gradient step on the pending positions, of which none is left."""
         began = time.perf_counter()
-        known = self._targets[0, : self.count] != UNKNOWN
-        self._targets[0, self.count :] = UNKNOWN  # rows that a shorter period does not use
-        if known.any():
-            self._call.run()
-            gradient = self._gradient.reshape(-1)
-            norm = math.sqrt(float(np.dot(gradient, gradient)))
-            if not math.isfinite(norm):
-                raise NumericsError(
-                    "the readout memory's gradient is not finite; the session is as it was before the call"
-                )
-            gradient *= np.float32(self.editor.step)
-            memory = self._readout.reshape(-1)
-            np.subtract(memory, gradient, out=memory)
-            report.updates += 1
-            report.gradient_norm.append(norm)
-            report.surprise.extend(self._loss[0, : self.count][known].tolist())
-        else:
+        count, self.count = self.count, 0
+        known = self._targets[0, :count] != UNKNOWN
+        if not known.any():
             report.skipped += 1
-        if keep_last:
-            last = self.count - 1
-            for buffer in (self._keys, self._base, self._targets):
-                buffer[0, 0] = buffer[0, last]
-        self.count = int(keep_last)
+            return
+        self._clear(count)
+        self._call.run()
+        gradient = self._gradient.reshape(-1)
+        norm = math.sqrt(float(np.dot(gradient, gradient)))
+        if not norm * self.editor.step < _LARGEST_UPDATE:
+            reason = "too large" if math.isfinite(norm) else "not finite"
+            raise NumericsError(
+                f"the readout memory's gradient is {reason}; the session is as it was before the call"
+            )
+        if self.editor.step != 1:
+            gradient *= np.float32(self.editor.step)
+        memory = self._change if streaming else self._buffers.readout
+        target = self._change if streaming else self._buffers.edit_readout()
+        np.subtract(memory, self._gradient, out=target)
+        report.updates += 1
+        report.gradient_norm.append(norm)
+        report.surprise.extend(self._loss[0, :count][known].tolist())
         report.seconds += time.perf_counter() - began
+
+    def _clear(self, count: int) -> None:
+        """Empty the rows that a shorter period does not use: what a failed call left may not be finite."""
+        if count < self.editor.chunk:
+            self._targets[0, count:] = UNKNOWN
+            self._keys[0, count:] = 0
+            self._scored[0, count:] = 0
+
+    def _score(self, keys: Array, logits: Array) -> None:
+        """Rewrite ``logits (T, V)`` with the memory as it has become."""
+        tokens = len(keys)
+        self._graph.bind(
+            {
+                "input_ids": np.full((1, tokens), UNKNOWN, np.int64),
+                "past.readout": self._change,
+                "readout_key": keys[None],
+                "base_logits": logits[None].copy(),
+            },
+            {
+                "logits": logits[None],
+                "loss": np.empty((1, tokens), np.float32),
+                "grad.readout": self._gradient,
+            },
+        ).run()

@@ -13,13 +13,14 @@ import numpy as np
 
 from titans_runtime.backends import Array, Arrays, Call
 from titans_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from titans_runtime.buffers import StateBuffers
 from titans_runtime.bundle import Bundle, open_bundle
 from titans_runtime.editor import Editor, EditReport
 from titans_runtime.errors import NumericsError, StateError, TitansError, UsageError
 from titans_runtime.manifest import Manifest
 from titans_runtime.readout import ReadoutEditor
 from titans_runtime.sampling import Sampling
-from titans_runtime.state import Snapshot, StateBuffers, load_snapshot, save_snapshot
+from titans_runtime.state import Snapshot, load_snapshot, save_snapshot
 from titans_runtime.tokens import Tokens, checked_tokens
 
 SEGMENT: Final = 512
@@ -131,7 +132,7 @@ class Session:
         self.position = 0
         self.last_edit: EditReport | None = None
         self._edit = np.array([edit], np.float32).reshape(1, -1)
-        self._buffers = StateBuffers(model.manifest, batch=1)
+        self._buffers = StateBuffers(model.manifest)
         self._last_logits: Array | None = None
         self._readout = self._open_editor(editor)
         self._lock = threading.Lock()
@@ -140,7 +141,7 @@ class Session:
         self._token = np.zeros((1, 1), np.int64)
         self._token_logits = np.empty((1, 1, model.vocab_size), np.float32)
         self._token_key = np.empty((1, 1, self._key_dim), np.float32)
-        self._token_calls: list[Call | None] = [None, None]
+        self._token_calls: dict[tuple[int, int], Call] = {}
 
     def append(self, tokens: Tokens) -> Array:
         """See tokens, and score the token after each of them.
@@ -178,15 +179,15 @@ class Session:
         ids = checked_tokens(tokens, self.model.vocab_size)
         if editor is None and self.editor is None:
             raise UsageError("observe: the session has no editor; give one, as in observe(tokens, Editor())")
-        hands_over = editor is not None and editor != self.editor
+        report = EditReport(tokens=len(ids))
+        chosen = self.editor if editor is None else editor
         with (
             self._exclusive(),
-            self._transaction(len(ids), hands_over),
-            self._edited_by(editor or self.editor),
+            self._transaction(len(ids), hands_over=chosen != self.editor),
+            self._edited_by(chosen, ids[0], report),
         ):
-            self._advance(ids, teach=True)
-        assert self.last_edit is not None
-        return self.last_edit
+            self._advance(ids, teach=True, report=report)
+        return report
 
     def generate(
         self,
@@ -238,7 +239,7 @@ class Session:
         Raises:
             StateError: the snapshot belongs to another bundle.
         """
-        with self._exclusive():
+        with self._exclusive(), self._transaction(0, hands_over=True):
             if snapshot.bundle != self.model.manifest.identity:
                 raise StateError(
                     f"snapshot of bundle {snapshot.bundle[:12]}…, session of "
@@ -264,55 +265,61 @@ class Session:
 
     # --- one call, inside the lock and the transaction
 
-    def _advance(self, ids: Array, teach: bool) -> Array:
-        report = EditReport(tokens=len(ids))
+    def _advance(self, ids: Array, teach: bool, report: EditReport | None = None) -> Array:
+        report = EditReport(tokens=len(ids)) if report is None else report
         logits = np.empty((len(ids), self.model.vocab_size), np.float32)
+        began = self.position
         for start in range(0, len(ids), SEGMENT):
             part = slice(start, start + SEGMENT)
             self._run_segment(ids[part], logits[part], teach, report)
         if not np.isfinite(logits).all():
             bad = int(np.argmin(np.isfinite(logits).all(axis=1)))
             raise NumericsError(
-                f"logits after token {self.position + bad} are not finite; "
-                "the session is as it was before the call"
+                f"logits after token {began + bad} are not finite; the session is as it was before the call"
             )
-        self.position += len(ids)
         self._last_logits = logits[-1].copy()
         self.last_edit = report if self._readout else None
         return logits
 
     def _run_segment(self, ids: Array, logits: Array, teach: bool, report: EditReport) -> None:
+        editor, position = self._readout, self.position
+        if editor:
+            editor.arrive(int(ids[0]), position, teach, report)
+        keys = self._run_model(ids, logits)
+        if editor and len(ids) <= editor.room(position):
+            editor.hold(ids, keys, logits, teach)
+        elif editor:
+            editor.stream(ids, keys, logits, position, report)
+        self.position += len(ids)
+
+    def _run_model(self, ids: Array, logits: Array) -> Array:
+        """Fill ``logits (T, V)`` and return the readout keys ``(T, Dr)``."""
         if len(ids) == 1:
             self._token[0, 0] = ids[0]
             self._token_call().run()
             logits[:] = self._token_logits[0]
-            keys = self._token_key[0]
+            keys: Array = self._token_key[0]
         else:
-            key_buffer = np.empty((1, len(ids), self._key_dim), np.float32)
-            self._bind(ids[None], logits[None], key_buffer).run()
-            keys = key_buffer[0]
+            keys = np.empty((len(ids), self._key_dim), np.float32)
+            self._bind(ids[None], logits[None], keys[None]).run()
         self._buffers.swap()
-        if self._readout:
-            self._readout.advance(ids, keys, logits, teach, report)
+        return keys
 
     def _token_call(self) -> Call:
-        """The one-token call for the current buffer set, bound when first needed."""
-        side = self._buffers.current
-        call = self._token_calls[side]
-        if call is None:
-            call = self._bind(self._token, self._token_logits, self._token_key)
-            self._token_calls[side] = call
-        return call
+        """The one-token call for the buffers as they stand, bound when first needed."""
+        sides = self._buffers.sides
+        if sides not in self._token_calls:
+            self._token_calls[sides] = self._bind(self._token, self._token_logits, self._token_key)
+        return self._token_calls[sides]
 
     def _bind(self, ids: Array, logits: Array, keys: Array) -> Call:
         past, spare = self._buffers.past, self._buffers.spare
-        changed = [name for name in past if spare[name] is not past[name]]
         return self.model.graph.bind(
             {"input_ids": ids, "edit": self._edit, **{f"past.{name}": past[name] for name in past}},
             {
                 "logits": logits,
                 "readout_key": keys,
-                **{f"present.{name}": spare[name] for name in changed},
+                **{f"present.{name}": spare[name] for name in spare},
             },
         )
 
@@ -333,30 +340,28 @@ class Session:
             return None
         if "readout" not in self._buffers.past or editor.graph not in self.model.manifest.graphs:
             raise UsageError(f"the bundle has no readout memory to edit by {editor}; give editor=None")
-        readout = self._buffers.past["readout"]
-        return ReadoutEditor(editor, self.model.backend, readout, readout.shape[1])
+        return ReadoutEditor(editor, self.model.backend, self._buffers)
 
     @contextlib.contextmanager
-    def _edited_by(self, editor: Editor | None) -> Iterator[None]:
-        """Edit with ``editor`` for one call. Periods end early where one editor hands over to another."""
+    def _edited_by(self, editor: Editor | None, token: int, report: EditReport) -> Iterator[None]:
+        """Edit with ``editor`` for one call that begins with ``token``.
+
+        A period ends early where one editor hands over to another. The last position, whose target is
+        still to come, goes to the session's own editor.
+        """
         if editor == self.editor:
             yield
             return
         own_editor, own = self.editor, self._readout
-        replaced = self._open_editor(editor)
-        report = EditReport()
-        if own is not None and replaced is not None:
-            own.finish(report)
-            replaced.restore(own.export())
-        self.editor, self._readout = editor, replaced
-        try:
-            yield
-            if replaced is not None:
-                replaced.finish(self.last_edit or report)
-            if own is not None and replaced is not None:
-                own.restore(replaced.export())
-        finally:
-            self.editor, self._readout = own_editor, own
+        other = self._open_editor(editor)
+        if own is not None:
+            own.hand_over(token, report)
+        self.editor, self._readout = editor, other
+        yield
+        pending = other.finish(report) if other is not None else None
+        if own is not None and pending is not None:
+            own.restore(pending)
+        self.editor, self._readout = own_editor, own
 
     def _snapshot(self) -> Snapshot:
         arrays: Arrays = {f"state.{name}": array.copy() for name, array in self._buffers.past.items()}
@@ -368,8 +373,7 @@ class Session:
         return Snapshot(self.model.manifest.identity, self.position, self.edit, editor, arrays)
 
     def _restore(self, snapshot: Snapshot) -> None:
-        for name, array in self._buffers.past.items():
-            np.copyto(array, snapshot.arrays[f"state.{name}"])
+        self._buffers.restore(snapshot.arrays)
         self.position = snapshot.position
         self.edit = snapshot.edit
         self._edit[0] = snapshot.edit
@@ -393,27 +397,26 @@ class Session:
             self._lock.release()
 
     @contextlib.contextmanager
-    def _transaction(self, tokens: int, learns: bool = False) -> Iterator[None]:
+    def _transaction(self, tokens: int, hands_over: bool = False) -> Iterator[None]:
         """Undo a call that does not reach its end, Ctrl-C included.
-
-        One segment without an update leaves its past in the other buffer set: nothing is copied.
 
         Args:
             tokens: that the call is given.
-            learns: whether the call edits by another editor than the session's own.
+            hands_over: whether another editor may end the pending period.
         """
-        learns = learns or (self._readout is not None and self._readout.will_learn(tokens))
-        self._buffers.hold(alternating=tokens > SEGMENT, shared=learns)
-        pending = self._readout.export() if self._readout else {}
-        position, last, editor, readout = self.position, self._last_logits, self.editor, self._readout
+        position, last, edit = self.position, self._last_logits, self.edit
+        editor, readout = self.editor, self._readout
+        self._buffers.hold(runs=-(-tokens // SEGMENT))
+        pending = readout.mark(hands_over or readout.will_learn(position, tokens)) if readout else None
         try:
             yield
         except BaseException:
-            self._buffers.recover()
-            self.position, self._last_logits = position, last
+            self._buffers.rewind()
+            self.position, self._last_logits, self.edit = position, last, edit
+            self._edit[0] = edit
             self.editor, self._readout = editor, readout
-            if readout:
-                readout.restore(pending)
+            if readout and pending:
+                readout.rewind(pending)
             raise
 
 

@@ -1,4 +1,4 @@
-"""The state of one stream: buffers in two alternating sets, snapshots, and the memory file."""
+"""The state of one stream at one moment: snapshots, and the memory file."""
 
 from __future__ import annotations
 
@@ -45,66 +45,6 @@ class Snapshot:
     arrays: Arrays = field(repr=False)
 
 
-class StateBuffers:
-    """State tensors of a batch. Graphs read set ``current`` and write the other; then the two swap.
-
-    One buffer for past and present would let a graph overwrite what it still reads. Entries that
-    the model leaves unchanged have one buffer, which both sets share.
-    """
-
-    def __init__(self, manifest: Manifest, batch: int) -> None:
-        """Allocate both sets, filled with the schema's initial values."""
-        outputs = {tensor.name for tensor in manifest.graphs["model"].outputs}
-        first: Arrays = {}
-        second: Arrays = {}
-        for entry in manifest.state:
-            shape = (batch, *entry.row_shape)
-            first[entry.name] = np.full(shape, entry.initial, DTYPES[entry.dtype])
-            changes = f"present.{entry.name}" in outputs
-            second[entry.name] = np.empty_like(first[entry.name]) if changes else first[entry.name]
-        self.sets = (first, second)
-        self.current = 0
-        self._held: Arrays = {}  # kept between calls: fresh memory costs more than the copy itself
-        self._held_names: list[str] = []
-        self._held_current = 0
-
-    @property
-    def past(self) -> Arrays:
-        """The state as it stands."""
-        return self.sets[self.current]
-
-    @property
-    def spare(self) -> Arrays:
-        """Where the next call writes."""
-        return self.sets[1 - self.current]
-
-    def hold(self, alternating: bool, shared: bool) -> None:
-        """Remember the state as it stands, for :meth:`recover`.
-
-        Args:
-            alternating: copy the entries with two buffers; one call of a graph alone leaves their
-                past untouched, a second one overwrites it.
-            shared: copy the entries with one buffer, which an editor changes in place.
-        """
-        past, spare = self.past, self.spare
-        self._held_current = self.current
-        self._held_names = [name for name in past if (shared if past[name] is spare[name] else alternating)]
-        for name in self._held_names:
-            if name not in self._held:
-                self._held[name] = np.empty_like(past[name])
-            np.copyto(self._held[name], past[name])
-
-    def recover(self) -> None:
-        """Go back to what :meth:`hold` remembered."""
-        self.current = self._held_current
-        for name in self._held_names:
-            np.copyto(self.past[name], self._held[name])
-
-    def swap(self) -> None:
-        """Take what a call has written as the state."""
-        self.current = 1 - self.current
-
-
 def save_snapshot(snapshot: Snapshot, path: Path) -> None:
     """Write a memory file, atomically.
 
@@ -140,7 +80,7 @@ def load_snapshot(path: Path, manifest: Manifest) -> Snapshot:
         )
     arrays = _arrays(path, data, header)
     _check_shapes(path, arrays, manifest)
-    _check_pending(path, arrays, manifest, header["editor"])
+    _check_pending(path, arrays, manifest, header)
     _check_finite(arrays, str(path))
     edit = header["edit"]
     if len(edit) != manifest.edit_layers or not all(type(x) in (int, float) and 0 <= x <= 1 for x in edit):
@@ -213,32 +153,36 @@ def _check_shapes(path: Path, arrays: Arrays, manifest: Manifest) -> None:
             )
 
 
-def _check_pending(path: Path, arrays: Arrays, manifest: Manifest, editor: Mapping[str, Any] | None) -> None:
+def _check_pending(path: Path, arrays: Arrays, manifest: Manifest, header: Mapping[str, Any]) -> None:
     """What comes after the state: pending positions, all or none, and the last logits."""
     vocab = manifest.vocab_size
     allowed = {f"state.{entry.name}" for entry in manifest.state}
-    allowed |= {"last_logits", "pending.targets", "pending.readout_key", "pending.base_logits"}
+    allowed |= {"last_logits", "pending.targets", "pending.readout_key", "pending.logits"}
     unknown = sorted(arrays.keys() - allowed)
     if unknown:
         raise StateError(f"{path}: tensor {unknown[0]} is unknown")
     expected: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {"last_logits": ((vocab,), np.float32)}
     if any(name.startswith("pending.") for name in arrays):
         targets = arrays.get("pending.targets", np.empty(0))
-        chunk = (editor or {}).get("chunk", 0)
-        if not (
-            type(chunk) is int and 1 <= targets.size <= chunk and -1 <= targets.min() <= targets.max() < vocab
-        ):
-            raise StateError(f"{path}: pending.targets do not fit the editor {editor}")
+        seen = _seen_of_period(header)
+        if not (1 <= targets.size <= seen and -1 <= targets.min() <= targets.max() < vocab):
+            raise StateError(f"{path}: pending.targets do not fit the editor {header['editor']}")
         readout = next((entry.row_shape for entry in manifest.state if entry.name == "readout"), (0,))
         expected["pending.targets"] = ((targets.size,), np.int64)
         expected["pending.readout_key"] = ((targets.size, readout[0]), np.float32)
-        expected["pending.base_logits"] = ((targets.size, vocab), np.float32)
+        expected["pending.logits"] = ((targets.size, vocab), np.float32)
     for name, (shape, dtype) in expected.items():
         array = arrays.get(name)
         if array is None and name == "last_logits":
             continue
         if array is None or array.shape != shape or array.dtype != dtype:
             raise StateError(f"{path}: {name} is missing, or not {np.dtype(dtype).name} {shape}")
+
+
+def _seen_of_period(header: Mapping[str, Any]) -> int:
+    """Positions of the last period that the stream has reached: the most that can be pending."""
+    position, chunk = header["position"], (header["editor"] or {}).get("chunk")
+    return (position - 1) % chunk + 1 if type(chunk) is int and chunk > 0 and position > 0 else 0
 
 
 def _check_finite(arrays: Mapping[str, Array], where: str) -> None:

@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import titans_runtime as tr
-from tests.runtime.streams import Array, append_parts, cuts, parts, relative_error, streams
+from tests.runtime.streams import (
+    Array,
+    append_parts,
+    assert_same_snapshot,
+    cuts,
+    parts,
+    relative_error,
+    streams,
+)
 from titans_runtime.backends import DTYPES
 from titans_runtime.editor import Editor
 
@@ -112,3 +120,49 @@ def test_a_period_of_samples_and_text_learns_from_the_text(model: tr.Model) -> N
     assert report.updates == 1
     assert len(report.surprise) == 3, "of four positions only the one before the sample has no target"
     assert token in range(256)
+
+
+# --- periods are those of the stream
+
+
+def test_periods_stay_aligned_after_another_editor(model: tr.Model) -> None:
+    """Ends of periods are multiples of `chunk`, wherever a lesson by another editor ended."""
+    session = model.session(0.0, Editor(chunk=4))
+    session.append(b"abcdef")
+    session.observe(b"ghi", Editor(chunk=3))
+    updates = []
+    for token in b"jklmnopqrs":
+        session.append([token])
+        assert session.last_edit is not None
+        updates.append(session.position - 1 if session.last_edit.updates else None)
+    assert [position for position in updates if position] == [12, 16]
+
+
+def test_what_a_failed_call_left_behind_teaches_nothing(model: tr.Model) -> None:
+    """The buffers of a period are reused; a shorter period must not read what stands behind its end."""
+    session, twin = (model.session(0.0, Editor(chunk=7)) for _ in range(2))
+    for one in (session, twin):
+        one.append(b"abc")
+    assert session._readout is not None
+    session._readout._scored[0, 3:] = np.nan
+    session._readout._keys[0, 3:] = np.inf
+    for one in (session, twin):
+        one.observe(b"d", Editor(chunk=2))
+    assert np.array_equal(session.snapshot().arrays["state.readout"], twin.snapshot().arrays["state.readout"])
+
+
+@pytest.mark.parametrize("length", [2, 40])
+def test_a_gradient_that_would_leave_float32_is_refused(
+    model: tr.Model, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    monkeypatch.setattr("titans_runtime.readout._LARGEST_UPDATE", 1e-3)
+    session = model.session(0.0, Editor(chunk=1))
+    session.append(b"a")
+    before = session.snapshot()
+    with pytest.raises(
+        tr.NumericsError, match="gradient is too large; the session is as it was before the call"
+    ):
+        session.append(b"b" * length)
+    assert_same_snapshot(session.snapshot(), before)
+    monkeypatch.undo()
+    session.append(b"b" * length)

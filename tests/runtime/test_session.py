@@ -385,6 +385,26 @@ def test_a_memory_that_is_not_finite_is_found_and_named_by_token(model: tr.Model
     assert_same_snapshot(session.snapshot(), before)
 
 
+def test_ctrl_c_within_a_restore_is_undone(model: tr.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = model.session(0.5, Editor(step=0.5, chunk=4))
+    session.append(b"here")
+    other = session.fork()
+    other.append(b" and there")
+    before, twin = session.snapshot(), session.fork()
+
+    def interrupted(self: ReadoutEditor, arrays: dict[str, Array]) -> None:
+        restore(self, arrays)
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    restore = ReadoutEditor.restore
+    monkeypatch.setattr(ReadoutEditor, "restore", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        session.restore(other.snapshot())
+    assert_same_snapshot(session.snapshot(), before)
+    assert _continuation(session) == _continuation(twin)
+
+
 def test_a_sample_that_fails_is_undone(model: tr.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     session = model.session(0.5, Editor(step=0.5, chunk=1))
     session.append(b"before")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import titans_runtime as tr
 from tests.runtime.streams import Array, assert_same_snapshot, change_manifest
-from titans_runtime.state import StateBuffers, describe_snapshot, load_snapshot, save_snapshot
+from titans_runtime.state import describe_snapshot, load_snapshot, save_snapshot
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def harmed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_file_gives_back_what_was_saved(model: tr.Model, memory: Path, snapshot: tr.Snapshot) -> None:
     assert_same_snapshot(load_snapshot(memory, model.manifest), snapshot)
-    assert {"pending.targets", "pending.readout_key", "pending.base_logits"} < snapshot.arrays.keys()
+    assert {"pending.targets", "pending.readout_key", "pending.logits"} < snapshot.arrays.keys()
 
 
 def test_a_new_session_can_be_saved(model: tr.Model, tmp_path: Path) -> None:
@@ -179,6 +179,7 @@ def test_tensors_that_do_not_fit_are_refused(
         ({"edit": (0.5, "1")}, "edit must be 2 numbers"),
         ({"position": -1}, "the header is damaged"),
         ({"position": 1.5}, "the header is damaged"),
+        ({"position": 0}, "pending.targets do not fit the editor"),
         ({"editor": {"chunk": 0}}, "editor"),
         ({"editor": {"objective": "readout", "step": 0.5, "chunk": 1025}}, "editor chunk is 1025"),
         ({"editor": {"objective": "readout", "chunk": 4, "pace": 1}}, "editor field 'pace' is unknown"),
@@ -214,7 +215,7 @@ def test_the_memory_of_another_bundle_is_refused_and_both_are_named(
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("name", ["state.readout", "state.layers.0.memory", "pending.base_logits"])
+@pytest.mark.parametrize("name", ["state.readout", "state.layers.0.memory", "pending.logits"])
 def test_what_is_not_finite_is_not_saved(
     snapshot: tr.Snapshot, tmp_path: Path, value: float, name: str
 ) -> None:
@@ -293,7 +294,7 @@ def test_a_read_only_folder_cannot_be_written(model: tr.Model, tmp_path: Path) -
         model.session().save(tmp_path / "memory")
 
 
-# --- the file's layout and the buffers
+# --- the file's layout
 
 
 def test_the_file_is_a_safetensors_file_with_one_metadata_key(memory: Path) -> None:
@@ -301,18 +302,4 @@ def test_the_file_is_a_safetensors_file_with_one_metadata_key(memory: Path) -> N
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     assert list(header["__metadata__"]) == ["titans"]
     fields = {"format_version", "bundle", "position", "edit", "editor", "digest"}
-    assert fields <= json.loads(header["__metadata__"]["titans"]).keys()
-
-
-def test_past_and_present_have_buffers_of_their_own(model: tr.Model) -> None:
-    buffers = StateBuffers(model.manifest, batch=3)
-    changed = {t.name for t in model.manifest.graphs["model"].outputs if t.name.startswith("present.")}
-    assert changed
-    for entry in model.manifest.state:
-        past, spare = buffers.past[entry.name], buffers.spare[entry.name]
-        assert past.shape == (3, *entry.row_shape)
-        assert (past == entry.initial).all()
-        assert np.shares_memory(past, spare) == (f"present.{entry.name}" not in changed)
-    past = buffers.past
-    buffers.swap()
-    assert buffers.spare is past
+    assert fields == json.loads(header["__metadata__"]["titans"]).keys()
