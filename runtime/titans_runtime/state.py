@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from titans_runtime.manifest import Manifest
 
 FORMAT_VERSION = 1
 _METADATA_KEY = "titans"
+_MAX_BYTES = 4 * 2**30
 _FIELDS = ("format_version", "bundle", "position", "edit", "editor", "digest")
 
 
@@ -101,10 +103,7 @@ def describe_snapshot(path: Path) -> dict[str, Any]:
 
 
 def _open(path: Path) -> tuple[dict[str, Any], bytes]:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise StateError(f"{path}: cannot be read ({error.strerror})") from None
+    data = _read(path)
     try:
         (length,) = struct.unpack("<Q", data[:8])
         tensors = parse_object(data[8 : 8 + length], str(path))
@@ -119,6 +118,19 @@ def _open(path: Path) -> tuple[dict[str, Any], bytes]:
     if not isinstance(header["edit"], list) or not isinstance(header["editor"], dict | None):
         raise StateError(f"{path}: the header is damaged; restore the file from a copy")
     return header, data
+
+
+def _read(path: Path) -> bytes:
+    """Read a plain file of a sensible size: memory is taken for nothing else."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise StateError(f"{path}: cannot be read (no plain file)")
+        if status.st_size > _MAX_BYTES:
+            raise StateError(f"{path}: {status.st_size} bytes; a memory file has at most {_MAX_BYTES}")
+        return path.read_bytes()
+    except OSError as error:
+        raise StateError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _arrays(path: Path, data: bytes, header: Mapping[str, Any]) -> Arrays:

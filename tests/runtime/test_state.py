@@ -303,3 +303,21 @@ def test_the_file_is_a_safetensors_file_with_one_metadata_key(memory: Path) -> N
     assert list(header["__metadata__"]) == ["titans"]
     fields = {"format_version", "bundle", "position", "edit", "editor", "digest"}
     assert fields == json.loads(header["__metadata__"]["titans"]).keys()
+
+
+@pytest.mark.parametrize("read", [describe_snapshot, None], ids=["inspect", "load"])
+def test_a_file_of_no_sensible_size_is_not_read(
+    model: tr.Model, tmp_path: Path, read: Callable[[Path], object] | None
+) -> None:
+    path = tmp_path / "huge"
+    with path.open("wb") as file:
+        file.truncate(2**40)  # more than any machine could read; on the disk it takes nothing
+    with pytest.raises(tr.StateError, match="1099511627776 bytes; a memory file has at most 4294967296"):
+        (read or model.load_session)(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_named_pipe_is_refused_and_not_waited_for(model: tr.Model, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(tr.StateError, match=r"cannot be read \(no plain file\)"):
+        model.load_session(tmp_path / "pipe")
