@@ -9,7 +9,7 @@ PYTEST_WORKERS ?= auto
 export MPLBACKEND := Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format typecheck wheels clean
+.PHONY: help setup demo test lint format typecheck wheels clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,11 +30,8 @@ demo: $(STAMP) ## the whole way on a small model: export, run, edit
 	$(BIN)/titans demo
 
 # One thread a worker: pytest already fills the cores.
-test: lint typecheck ## lint, types and every test that is not slow
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(PYTEST_WORKERS) --dist loadfile
-
-test-slow: $(STAMP) ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow
+test: lint typecheck ## lint, types and every test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile
 
 lint: $(STAMP) ## ruff, rules and format
 	$(BIN)/ruff check

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from titans_export.config import PRESETS
 from titans_runtime.errors import UsageError
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[Any]
 
 # torch is imported by the handlers, not here: `titans --help` must answer at once.
-
-_PRESETS = ("nano", "base", "wide", "tiny")
 
 
 def register(subparsers: Subparsers) -> None:
@@ -36,7 +36,7 @@ def _add_train(subparsers: Subparsers) -> None:
         help="files or folders; 'stdlib' is the standard library's sources",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="CHECKPOINT")
-    parser.add_argument("--preset", choices=_PRESETS, default="nano")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="nano")
     parser.add_argument(
         "--edit", type=float, default=0.0, help="edit strength while training, 0..1 (default 0)"
     )
@@ -57,11 +57,16 @@ def _train(args: argparse.Namespace) -> int:
     for name in ("steps", "batch", "segment", "save_every", "validate_every"):
         if getattr(args, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
+    if args.threads is not None and args.threads < 1:
+        raise UsageError(f"--threads {args.threads}: must be 1 or more")
+    if args.seed < 0:
+        raise UsageError(f"--seed {args.seed}: must be 0 or more")
+    if not 0 < args.learning_rate < math.inf:
+        raise UsageError(f"--learning-rate {args.learning_rate}: must be a positive number")
     if not 0 <= args.edit <= 1:
         raise UsageError(f"--edit {args.edit}: must lie between 0 and 1")
     import torch
 
-    from titans_export.config import PRESETS
     from titans_export.training.data import load_corpus
     from titans_export.training.loop import TrainingConfig, train
     from titans_runtime.progress import progress_bar
@@ -95,7 +100,7 @@ def _train(args: argparse.Namespace) -> int:
 
 def _add_init(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("init", help="write a checkpoint with random weights, for latency work")
-    parser.add_argument("--preset", choices=_PRESETS, default="base")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="base")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, metavar="CHECKPOINT")
     parser.set_defaults(handler=_init)
@@ -104,7 +109,6 @@ def _add_init(subparsers: Subparsers) -> None:
 def _init(args: argparse.Namespace) -> int:
     import torch
 
-    from titans_export.config import PRESETS
     from titans_export.model import TitansModel
     from titans_export.training.checkpoint import save_checkpoint
 

@@ -22,11 +22,10 @@ from titans_export.programs import model_program, readout_gradient_program, stat
 from titans_export.training.checkpoint import load_checkpoint
 from titans_runtime import bundle as bundles
 from titans_runtime.editor import Editor
-from titans_runtime.errors import DataError, UsageError
+from titans_runtime.errors import BundleError, DataError, UsageError
 from titans_runtime.files import write_atomically
 from titans_runtime.verify import VerificationReport, verify
 
-GOLDENS_FILE = "goldens.safetensors"
 EDITING_FILE = "editing.json"
 _TOLERANCE = 1e-4
 _IR_VERSION = 10
@@ -42,12 +41,12 @@ def export_bundle(checkpoint: Path, bundle: Path, report: Report = lambda _: Non
 
     Args:
         checkpoint: folder with ``config.json`` and ``weights.safetensors``.
-        bundle: folder to write. An older bundle there is replaced; anything else is left alone.
+        bundle: folder to write. An intact older bundle there is replaced; anything else is refused.
         report: receives one line per step.
 
     Raises:
         DataError: the checkpoint is damaged.
-        UsageError: ``bundle`` exists and is no bundle.
+        UsageError: ``bundle`` holds anything but an intact bundle, or the vocabulary is not one of bytes.
         CheckFailed: the exported graphs do not reproduce the model; nothing is written.
     """
     _refuse_foreign_folder(bundle)
@@ -60,8 +59,10 @@ def export_bundle(checkpoint: Path, bundle: Path, report: Report = lambda _: Non
         programs = [model_program(model, memory_node), readout_gradient_program(model.config)]
         files = write_models({program.name: trace(program) for program in programs}, work)
         report("running the reference for the goldens")
-        write_atomically(work / GOLDENS_FILE, save_arrays(make_goldens(model)))
-        bundles.write_manifest(work, _manifest(model, programs, work, [*files, GOLDENS_FILE], editing))
+        write_atomically(work / bundles.GOLDENS_NAME, save_arrays(make_goldens(model)))
+        bundles.write_manifest(
+            work, _manifest(model, programs, work, [*files, bundles.GOLDENS_NAME], editing)
+        )
         report("replaying the goldens in ONNX Runtime")
         result = verify(work)
         result.raise_if_failed()
@@ -143,18 +144,34 @@ def _role(name: str) -> str:
 
 
 def _refuse_foreign_folder(bundle: Path) -> None:
+    """Only an empty folder or a bundle with nothing beside it may be replaced."""
     if bundle.is_file():
         raise UsageError(f"--out {bundle}: is a file; give a folder that does not exist yet")
-    if bundle.is_dir() and any(bundle.iterdir()) and not (bundle / bundles.MANIFEST_NAME).exists():
+    if bundle.resolve() == Path.cwd():
+        raise UsageError(f"--out {bundle}: is the current folder; give a folder below it")
+    if not bundle.is_dir() or not any(bundle.iterdir()):
+        return
+    if not (bundle / bundles.MANIFEST_NAME).exists():
         raise UsageError(f"--out {bundle}: holds files that are no bundle; give an empty or new folder")
+    try:
+        bundles.open_bundle(bundle)
+    except BundleError as error:
+        raise UsageError(
+            f"--out {bundle}: is no intact bundle to replace ({error}); remove it first"
+        ) from None
 
 
 def _move_into_place(work: Path, bundle: Path) -> None:
-    """Swap folders by renaming: a reader finds the old bundle or the new one, whole."""
+    """Swap folders by renaming. A reader finds the old bundle or the new one, or for an instant none."""
     if not bundle.exists():
         work.replace(bundle)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{bundle.name}.old.", dir=bundle.parent)) / bundle.name
     bundle.replace(old)
-    work.replace(bundle)
-    shutil.rmtree(old.parent)
+    try:
+        work.replace(bundle)
+    except BaseException:
+        old.replace(bundle)
+        raise
+    finally:
+        shutil.rmtree(old.parent, ignore_errors=True)

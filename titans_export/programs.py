@@ -11,7 +11,7 @@ from titans_export.memory.readout import readout_gradient
 from titans_export.model import MemoryRule, TitansModel, initial_state, state_schema
 
 # Example sizes for tracing: unlike each other and unlike any fixed size of a sensible model.
-_BATCH, _TOKENS = 3, 37
+_BATCH, _TOKENS = 11, 37
 
 
 def model_program(model: TitansModel, memory_rule: MemoryRule) -> Program:

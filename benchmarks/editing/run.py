@@ -2,8 +2,9 @@
 
     .venv/bin/python -m benchmarks.editing.run checkpoints/nano [CHECKPOINT …]
 
-One results file a checkpoint; a finished one is not run again. The table over all of them, which
-should differ in their training seed only, is printed and written to benchmarks/results/editing.md.
+One results file a checkpoint; one for the same weights and editing is not made again. The table over
+all of them, which should differ in their training seed only, is printed and written to
+benchmarks/results/editing.md.
 Texts are held out: nothing was trained or tuned on them. Every byte is scored before the memory
 sees it; each file begins with an empty memory.
 """
@@ -11,6 +12,7 @@ sees it; each file begins with an empty memory.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import lzma
 import math
@@ -21,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import titans_runtime as tr
-from benchmarks.editing.controls import BiasOnly, ShuffledKeys, controlled_session
-from titans_export.pipeline import export_bundle
+from benchmarks.editing.controls import BiasOnly, ShuffledKeys
+from titans_export.pipeline import export_bundle, read_editing
 from titans_export.training.data import Source, load_corpus, stdlib_folder
 from titans_runtime.progress import progress_bar
 
@@ -44,13 +46,20 @@ def main() -> None:
     for checkpoint in args.checkpoints:
         seed = json.loads((checkpoint / "training.json").read_text(encoding="utf-8"))["training"]["seed"]
         path = RESULTS / f"editing-seed{seed}.json"
-        if not path.exists():
-            result = {"seed": seed, "texts": measure(checkpoint, args.threads)}
+        subject = {"seed": seed, "weights": digest(checkpoint), "editing": read_editing(checkpoint)}
+        result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if any(result.get(name) != value for name, value in subject.items()):
+            result = subject | {"texts": measure(checkpoint, args.threads)}
             path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        results.append(json.loads(path.read_text(encoding="utf-8")))
+        results.append(result)
     text = table(results)
     (RESULTS / "editing.md").write_text(text + "\n", encoding="utf-8")
     print(text)
+
+
+def digest(checkpoint: Path) -> str:
+    """Which weights were measured."""
+    return hashlib.sha256((checkpoint / "weights.safetensors").read_bytes()).hexdigest()[:16]
 
 
 def texts() -> dict[str, list[Source]]:
@@ -74,11 +83,12 @@ def measure(checkpoint: Path, threads: int) -> dict[str, dict[str, float]]:
         export_bundle(checkpoint, Path(folder, "bundle"))
         model = tr.load(Path(folder, "bundle"), threads=threads)
         editor = tr.Editor.from_dict(model.manifest.recommended["editor"])
+        unedited = (0.0,) * model.manifest.edit_layers
         sessions: dict[str, Callable[[], tr.Session]] = {
             "off": lambda: model.session(edit=0.0, editor=None),
             "on": model.session,
-            "shuffled keys": lambda: controlled_session(model, editor, ShuffledKeys),
-            "bias only": lambda: controlled_session(model, editor, BiasOnly),
+            "shuffled keys": lambda: ShuffledKeys(model, unedited, editor),
+            "bias only": lambda: BiasOnly(model, unedited, editor),
         }
         measured: dict[str, dict[str, float]] = {}
         for kind, sources in texts().items():

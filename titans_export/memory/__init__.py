@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from titans_export.memory.linear import one_token, tile_form
+from titans_export.memory.linear import tile_form
 from titans_export.memory.reference import MemoryOutput, token_loop
 
 
@@ -42,8 +42,8 @@ def neural_memory(
     """
     past = (past_memory, past_momentum)
     gates = (log_retention, log_momentum, step, edit)
-    if query.shape[2] == 1:
-        return one_token(query, key, value, *gates, *past)
+    if query.shape[2] == 1:  # the rule as it is written
+        return token_loop(query, key, value, *gates, *past)
     return tile_form(query, key, value, *gates, *past, tile)
 
 

@@ -1,6 +1,6 @@
-"""The linear memory, exact per token, in two fast forms: a tile of tokens at once, and one token.
+"""The linear memory, exact per token, a tile of tokens at once: matrix products instead of a loop.
 
-Both compute :func:`titans_export.memory.reference.token_loop`. ``docs/mathematics.md`` derives the
+Computes :func:`titans_export.memory.reference.token_loop`. ``docs/mathematics.md`` derives the
 tile form; the symbols here are the ones used there.
 """
 
@@ -11,22 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from titans_export.memory.reference import MemoryOutput, read, token_loop
-
-
-def one_token(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_retention: Tensor,
-    log_momentum: Tensor,
-    step: Tensor,
-    edit: Tensor,
-    past_memory: Tensor,
-    past_momentum: Tensor,
-) -> MemoryOutput:
-    """The rule for ``T = 1``, as it is written: decode takes this path."""
-    return token_loop(query, key, value, log_retention, log_momentum, step, edit, past_memory, past_momentum)
+from titans_export.memory.reference import MemoryOutput
 
 
 def tile_form(
@@ -175,4 +160,4 @@ def _tiles(x: Tensor, tile: int) -> Tensor:
     return x.reshape(batch, heads, -1, tile, dim)
 
 
-__all__ = ["one_token", "read", "segment_products", "tile_form", "unit_lower_inverse"]
+__all__ = ["segment_products", "tile_form", "unit_lower_inverse"]

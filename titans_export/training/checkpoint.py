@@ -16,7 +16,7 @@ from titans_runtime.errors import DataError
 from titans_runtime.files import write_atomically
 
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "weights.safetensors"
+TENSORS_FILE = "weights.safetensors"
 
 
 def save_checkpoint(model: TitansModel, folder: Path) -> None:
@@ -24,7 +24,7 @@ def save_checkpoint(model: TitansModel, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / CONFIG_FILE, model.config.to_dict())
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    write_atomically(folder / WEIGHTS_FILE, save_tensors(tensors))
+    write_atomically(folder / TENSORS_FILE, save_tensors(tensors))
 
 
 def load_checkpoint(folder: Path) -> TitansModel:
@@ -34,16 +34,16 @@ def load_checkpoint(folder: Path) -> TitansModel:
         DataError: a file is missing or damaged, or the weights do not fit the config.
     """
     config = ModelConfig.load(folder / CONFIG_FILE)
-    tensors = read_tensors(folder / WEIGHTS_FILE)
+    tensors = read_tensors(folder / TENSORS_FILE)
     with torch.device("meta"):  # a wrong width must not cost its memory before it is noticed
         expected = TitansModel(config).state_dict()
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors or name not in expected:
             side = "missing from" if name not in tensors else "not expected in"
-            raise DataError(f"{folder / WEIGHTS_FILE}: tensor {name!r} is {side} the file; check config.json")
+            raise DataError(f"{folder / TENSORS_FILE}: tensor {name!r} is {side} the file; check config.json")
         if tensors[name].shape != expected[name].shape:
             raise DataError(
-                f"{folder / WEIGHTS_FILE}: {name} has shape {tuple(tensors[name].shape)}; "
+                f"{folder / TENSORS_FILE}: {name} has shape {tuple(tensors[name].shape)}; "
                 f"config.json asks for {tuple(expected[name].shape)}"
             )
     model = TitansModel(config)

@@ -55,7 +55,7 @@ class TrainingConfig:
     steps: int = 4000
     batch: int = 8
     segment: int = 512
-    learning_rate: float = 4e-3
+    learning_rate: float = 3e-3
     weight_decay: float = 0.1
     seed: int = 0
     save_every: int = 100

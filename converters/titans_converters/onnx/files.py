@@ -9,9 +9,9 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
+from titans_runtime.bundle import WEIGHTS_NAME
 from titans_runtime.files import write_atomically
 
-WEIGHTS_FILE = "weights.bin"
 _INLINE_BYTES = 1024  # smaller tensors are scalars and shapes, which graph optimizers must see
 _ALIGNMENT = 4096  # a page: lets a runtime map the file
 
@@ -26,11 +26,11 @@ def write_models(models: Mapping[str, ir.Model], folder: Path) -> list[str]:
     """
     weights = _Weights()
     protos = {f"{name}.onnx": _externalise(model, weights) for name, model in models.items()}
-    write_atomically(folder / WEIGHTS_FILE, bytes(weights.content))
+    write_atomically(folder / WEIGHTS_NAME, bytes(weights.content))
     for file, proto in protos.items():
         write_atomically(folder / file, proto.SerializeToString(deterministic=True))
         onnx.checker.check_model(str(folder / file))
-    return [WEIGHTS_FILE, *protos]
+    return [WEIGHTS_NAME, *protos]
 
 
 class _Weights:
@@ -60,6 +60,6 @@ def _externalise(model: ir.Model, weights: _Weights) -> onnx.ModelProto:
         initializer.ClearField("float_data")
         initializer.ClearField("int64_data")
         initializer.data_location = onnx.TensorProto.EXTERNAL
-        for key, value in (("location", WEIGHTS_FILE), ("offset", str(offset)), ("length", str(len(data)))):
+        for key, value in (("location", WEIGHTS_NAME), ("offset", str(offset)), ("length", str(len(data)))):
             initializer.external_data.add(key=key, value=value)
     return proto
