@@ -51,10 +51,10 @@ def load(
     Raises:
         BundleError: a file is missing, altered or of an unknown format.
         EnvironmentProblem: ONNX Runtime or a provider is missing.
-        UsageError: ``threads`` is below 1.
+        UsageError: ``threads`` is no integer from 1 on, or ``providers`` is no list.
     """
-    if threads is not None and threads < 1:
-        raise UsageError(f"threads is {threads}; it must be 1 or more")
+    if threads is not None and not (type(threads) is int and threads >= 1):
+        raise UsageError(f"threads is {threads!r}; it must be an integer, 1 or more")
     return Model(open_bundle(Path(path)), providers, threads)
 
 
@@ -197,10 +197,11 @@ class Session:
         top_p: float = 1.0,
         seed: int | None = None,
         learn: bool = False,
+        prompt: Tokens | None = None,
     ) -> Iterator[int]:
         """Draw tokens one by one and append each before it is yielded.
 
-        The session has seen exactly what was yielded, wherever the caller stops.
+        The session has seen the prompt and exactly what was yielded, wherever the caller stops.
 
         Args:
             max_new_tokens: tokens at most.
@@ -209,19 +210,22 @@ class Session:
             top_p: likewise.
             seed: of the draws; None draws afresh.
             learn: whether the model's own samples teach its memory.
+            prompt: tokens to append first, as :meth:`append` does, at once.
 
         Raises:
             UsageError: nothing was appended yet, or a value is out of range.
+            TokenError: the prompt is empty, of a wrong type, or out of range.
         """
-        if max_new_tokens < 0:
-            raise UsageError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more")
+        if type(max_new_tokens) is not int or max_new_tokens < 0:
+            raise UsageError(f"max_new_tokens is {max_new_tokens!r}; it must be an integer, 0 or more")
         if seed is not None and seed < 0:
             raise UsageError(f"seed is {seed}; it must be 0 or more")
+        sampling = Sampling(temperature, top_k, top_p)
+        if prompt is not None:
+            self.append(prompt)
         if self._last_logits is None:
-            raise UsageError("generate: the session has seen no token yet; append a prompt first")
-        return self._generate(
-            max_new_tokens, Sampling(temperature, top_k, top_p), np.random.default_rng(seed), learn
-        )
+            raise UsageError("generate: the session has seen no token yet; give a prompt")
+        return self._generate(max_new_tokens, sampling, np.random.default_rng(seed), learn)
 
     @property
     def last_logits(self) -> Array | None:
@@ -338,6 +342,8 @@ class Session:
     def _open_editor(self, editor: Editor | None) -> ReadoutEditor | None:
         if editor is None:
             return None
+        if not isinstance(editor, Editor):
+            raise UsageError(f"editor is {editor!r}; give an Editor, as in Editor.parse('readout:step=1')")
         if "readout" not in self._buffers.past or editor.graph not in self.model.manifest.graphs:
             raise UsageError(f"the bundle has no readout memory to edit by {editor}; give editor=None")
         return ReadoutEditor(editor, self.model.backend, self._buffers)

@@ -558,6 +558,7 @@ def test_samples_alone_never_change_the_readout_memory(model: tr.Model) -> None:
     ("settings", "message"),
     [
         ({"max_new_tokens": -1}, "max_new_tokens is -1"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens is 1.5; it must be an integer"),
         ({"max_new_tokens": 1, "seed": -1}, "seed is -1; it must be 0 or more"),
         ({"max_new_tokens": 1, "temperature": -1.0}, "temperature is -1.0"),
         ({"max_new_tokens": 1, "top_p": 2.0}, "top_p is 2.0"),
@@ -570,8 +571,34 @@ def test_generation_refuses_values_before_the_first_token(
         _prompted(model).generate(**settings)
 
 
+def test_a_prompt_is_appended_first(model: tr.Model) -> None:
+    session, twin = model.session(), model.session()
+    tokens = session.generate(6, seed=2, prompt=b"Once")
+    assert session.position == 4, "at once, not with the first draw"
+    twin.append(b"Once")
+    assert list(tokens) == list(twin.generate(6, seed=2))
+    assert_same_snapshot(session.snapshot(), twin.snapshot())
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": -1.0}, {"seed": -1}, {"prompt": b""}, {"prompt": [256]}]
+)
+def test_a_prompt_is_not_appended_where_anything_is_refused(
+    model: tr.Model, settings: dict[str, object]
+) -> None:
+    session = model.session()
+    with pytest.raises(tr.TitansError):
+        session.generate(1, **({"prompt": b"Once"} | settings))
+    assert session.position == 0
+
+
+def test_an_editor_must_be_an_editor(model: tr.Model) -> None:
+    with pytest.raises(tr.UsageError, match="editor is 'readout'; give an Editor"):
+        model.session(editor="readout")
+
+
 def test_generation_needs_a_token_first(model: tr.Model) -> None:
-    with pytest.raises(tr.UsageError, match="seen no token yet; append a prompt first"):
+    with pytest.raises(tr.UsageError, match="seen no token yet; give a prompt"):
         model.session().generate(1)
 
 
