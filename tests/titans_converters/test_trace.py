@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tests.titans_export.memory_inputs import relative_error
 from titans_converters import memory_op
-from titans_converters.onnx.files import WEIGHTS_FILE, write_models
+from titans_converters.onnx.files import write_models
 from titans_converters.onnx.function import OPSET
 from titans_converters.onnx.trace import memory_node, to_proto, trace
 from titans_converters.program import Program
@@ -25,6 +25,7 @@ from titans_export.config import PRESETS
 from titans_export.model import TitansModel, initial_state
 from titans_export.programs import model_program, readout_gradient_program
 from titans_export.training.checkpoint import load_checkpoint
+from titans_runtime.bundle import WEIGHTS_NAME
 
 CONFIG = PRESETS["tiny"]
 
@@ -215,7 +216,7 @@ def two_graphs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str
         )
         for name, weight in weights.items()
     }
-    assert write_models(models, folder) == [WEIGHTS_FILE, "first.onnx", "second.onnx", "third.onnx"]
+    assert write_models(models, folder) == [WEIGHTS_NAME, "first.onnx", "second.onnx", "third.onnx"]
     return folder, weights
 
 
@@ -230,9 +231,9 @@ def test_equal_weights_are_stored_once_and_aligned(two_graphs: tuple[Path, dict[
     folder, weights = two_graphs
     first, second, third = (_external(folder / f"{name}.onnx") for name in weights)
     assert first == second
-    assert {entry["location"] for entry in (first, third)} == {WEIGHTS_FILE}
+    assert {entry["location"] for entry in (first, third)} == {WEIGHTS_NAME}
     assert [int(entry["offset"]) % 4096 for entry in (first, third)] == [0, 0]
-    content = (folder / WEIGHTS_FILE).read_bytes()
+    content = (folder / WEIGHTS_NAME).read_bytes()
     assert len(content) == int(third["offset"]) + int(third["length"])
     for entry, weight in ((first, weights["first"]), (third, weights["third"])):
         start = int(entry["offset"])
