@@ -39,9 +39,9 @@ class ModelConfig:
     d_ff: int = 640
     conv_kernel: int = 4
     tile: int = 32
-    readout_contexts: tuple[int, ...] = (2, 3, 4, 6)
-    readout_buckets: int = 512
-    readout_context_scale: float = 0.75
+    readout_contexts: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
+    readout_buckets: int = 1024
+    readout_context_scale: float = 0.6
 
     def __post_init__(self) -> None:
         """Refuse a shape that no model can have.

@@ -23,7 +23,7 @@ from titans_export.training.data import Source, load_corpus
 from titans_runtime.progress import progress_bar
 
 HERE = Path(__file__).parent
-STEPS = (0.35, 0.5, 0.75, 1.0)
+STEPS = {"adagrad": (1.0, 1.5, 2.0), "sgd": (0.35, 0.5)}
 CHUNKS = (4, 8, 16)
 CLOSE = 1.002  # as good, for our purpose: the longer period, which costs less, is taken
 LIMIT = 12 * 1024
@@ -44,17 +44,26 @@ def main() -> None:
         kinds = development_texts()
         off = {kind: bits(model, sources, None) for kind, sources in kinds.items()}
         grid = {}
-        for step, chunk in progress_bar(list(itertools.product(STEPS, CHUNKS)), "choosing"):
-            editor = tr.Editor(step=step, chunk=chunk)
+        for editor in progress_bar(editors(), "choosing"):
             ratios = {kind: bits(model, sources, editor) / off[kind] for kind, sources in kinds.items()}
             grid[editor] = ratios
-            print(f"step {step:<5} chunk {chunk}  " + "  ".join(f"{k} {r:.4f}" for k, r in ratios.items()))
+            settings = f"{editor.optimizer:<8} step {editor.step:<5} chunk {editor.chunk:<3}"
+            print(settings + "  ".join(f"{kind} {ratio:.4f}" for kind, ratio in ratios.items()), flush=True)
     least = min(sum(ratios.values()) for ratios in grid.values())
     close = [editor for editor, ratios in grid.items() if sum(ratios.values()) <= CLOSE * least]
     best = max(close, key=lambda editor: editor.chunk)
     path = args.checkpoint / EDITING_FILE
     write_json(path, {"edit": 0.0, "editor": best.to_dict()})
     print(f"{path}: {json.dumps(best.to_dict())}")
+
+
+def editors() -> list[tr.Editor]:
+    """The grid."""
+    return [
+        tr.Editor(optimizer=optimizer, step=step, chunk=chunk)
+        for optimizer, steps in STEPS.items()
+        for step, chunk in itertools.product(steps, CHUNKS)
+    ]
 
 
 def development_texts() -> dict[str, list[Source]]:

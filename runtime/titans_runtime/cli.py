@@ -14,7 +14,7 @@ from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from titans_runtime.errors import TitansError, UsageError
+from titans_runtime.errors import EnvironmentProblem, TitansError, UsageError
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[Any]
@@ -48,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, which is its right
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # no permission, a name too long, a disk that is full
+        print(f"titans: {error.filename or 'input or output'}: {error.strerror}", file=sys.stderr)
+        return EnvironmentProblem.exit_code
     return code
 
 

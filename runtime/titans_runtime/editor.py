@@ -9,7 +9,9 @@ from typing import Any
 from titans_runtime.errors import UsageError
 
 OBJECTIVES = ("readout",)
+OPTIMIZERS = ("sgd", "adagrad")
 MAX_CHUNK = 1024
+_NUMBERS: dict[str, type[int] | type[float]] = {"chunk": int, "step": float}
 MAX_STEP = 1e6  # far beyond any use, and far from where float32 ends
 
 
@@ -19,7 +21,10 @@ class Editor:
 
     Attributes:
         objective: ``readout`` edits the memory on the logits by the next-token loss.
-        step: step size ``θ`` of plain gradient descent on the summed loss of a chunk.
+        step: step size ``θ`` on the summed loss of a chunk.
+        optimizer: ``sgd`` is plain gradient descent. ``adagrad`` divides each row's step by
+            ``√(1 + Σ ‖its gradients‖²)``, so rows that were written often move less (Duchi et al.
+            2011, with one sum a row, as is usual for embedding tables).
         chunk: gradient period, in tokens: all gradients of a chunk are taken at the memory as it
             stood when the chunk began.
     """
@@ -27,6 +32,7 @@ class Editor:
     objective: str = "readout"
     step: float = 1.0
     chunk: int = 4
+    optimizer: str = "sgd"
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -36,6 +42,8 @@ class Editor:
         """
         if self.objective not in OBJECTIVES:
             raise UsageError(f"editor objective {self.objective!r}; known: {', '.join(OBJECTIVES)}")
+        if self.optimizer not in OPTIMIZERS:
+            raise UsageError(f"editor optimizer {self.optimizer!r}; known: {', '.join(OPTIMIZERS)}")
         if type(self.step) not in (int, float) or not 0 <= self.step <= MAX_STEP:
             raise UsageError(f"editor step is {self.step}; it must be a number from 0 to {MAX_STEP:g}")
         if not (type(self.chunk) is int and 1 <= self.chunk <= MAX_CHUNK):
@@ -77,11 +85,11 @@ class Editor:
             if name in content:
                 raise UsageError(f"--editor {text}: {name} is given twice")
             try:
-                content[name] = int(value) if name == "chunk" else float(value)
+                content[name] = value if name == "optimizer" else _NUMBERS.get(name, float)(value)
             except ValueError:
                 equals = ""
             if not equals:
-                raise UsageError(f"--editor {text}: {setting!r} is not NAME=NUMBER (step, chunk)")
+                raise UsageError(f"--editor {text}: {setting!r} is not NAME=VALUE (step, chunk, optimizer)")
         return cls.from_dict(content)
 
 

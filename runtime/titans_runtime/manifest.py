@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from titans_runtime.json_reader import canonical
 FORMAT_VERSION = 1
 DTYPES = ("float32", "float16", "int64")
 ROLES = ("memory", "momentum", "window")
+_LARGEST = 3e38  # what float32 holds
 _MAX_AXIS = 2**31 - 1
 
 
@@ -179,6 +179,8 @@ def _check_consistency(manifest: Manifest) -> None:
     if {tensor.name for tensor in manifest.graphs["model"].inputs} != expected:
         raise BundleError("titans.json: the inputs of graph 'model' do not follow from the state schema")
     _check_widths(manifest)
+    if manifest.tokenizer == "bytes" and manifest.vocab_size > 256:
+        raise BundleError(f"titans.json: vocab_size is {manifest.vocab_size}; a tokenizer of bytes has 256")
     identity = _identity(manifest.model, manifest.graphs, manifest.state, manifest.files)
     if identity != manifest.identity:
         raise BundleError(
@@ -195,13 +197,22 @@ def _check_widths(manifest: Manifest) -> None:
     for where, found, expected in (
         ("edit", inputs["edit"], ("batch", manifest.edit_layers)),
         ("logits", outputs.get("logits"), ("batch", "tokens", manifest.vocab_size)),
-        ("readout_key", (outputs.get("readout_key") or ())[:2], ("batch", "tokens")),
+        ("readout_key", outputs.get("readout_key"), ("batch", "tokens", _key_width(manifest, outputs))),
         *((f"past.{entry.name}", inputs[f"past.{entry.name}"], entry.shape) for entry in manifest.state),
     ):
         if found != expected:
             raise BundleError(
                 f"titans.json: graphs.model: {where} has shape {found}; the other fields ask for {expected}"
             )
+
+
+def _key_width(manifest: Manifest, outputs: dict[str, tuple[int | str, ...]]) -> int | str:
+    """Rows of the readout memory; without one, whatever size the graph gives the key."""
+    for entry in manifest.state:
+        if entry.name == "readout":
+            return entry.shape[1]
+    width = (*outputs.get("readout_key", ()), "")[-2]
+    return width if isinstance(width, int) else "a size"
 
 
 class _Fields:
@@ -252,8 +263,10 @@ class _Fields:
     def number(self, name: str) -> float:
         self._read.add(name)
         value: Any = self._content.get(name)
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise BundleError(f"titans.json: {self._where}: {name} must be a finite number")
+        if type(value) not in (int, float) or not abs(value) <= _LARGEST:
+            raise BundleError(
+                f"titans.json: {self._where}: {name} must be a number of at most {_LARGEST:g} either way"
+            )
         return float(value)
 
     def mapping(self, name: str) -> dict[str, Any]:

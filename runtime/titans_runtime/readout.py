@@ -22,6 +22,7 @@ from titans_runtime.backends import Array, Arrays, Backend
 from titans_runtime.buffers import StateBuffers
 from titans_runtime.editor import Editor, EditReport
 from titans_runtime.errors import NumericsError
+from titans_runtime.state import ENERGY
 
 UNKNOWN = -1
 """Target of a position whose next token has not come, or must not be learnt from."""
@@ -32,10 +33,14 @@ _LARGEST_UPDATE = 1e30
 
 @dataclass(frozen=True)
 class PendingMark:
-    """Pending positions at one moment. ``arrays`` is None where a call can only add to them."""
+    """Pending positions at one moment. ``arrays`` is None where a call can only add to them.
+
+    ``energy`` is what the optimizer had summed up.
+    """
 
     count: int
     arrays: Arrays | None
+    energy: Array
 
 
 class ReadoutEditor:
@@ -54,6 +59,7 @@ class ReadoutEditor:
         self.count = 0
         self._buffers = buffers
         self._graph = backend.graph(editor.graph)
+        self._energy = np.zeros(key_dim, np.float32)  # Σ ‖gradient‖² of each row, for adagrad
         self._change = np.zeros(buffers.readout.shape, np.float32)  # zero, but for the time of `stream`
         self._targets = np.full((1, chunk), UNKNOWN, np.int64)
         self._keys = np.zeros((1, chunk, key_dim), np.float32)
@@ -179,13 +185,25 @@ class ReadoutEditor:
         self._scored[0, : self.count] = arrays["pending.logits"]
         self._targets[0, : self.count] = arrays["pending.targets"]
 
+    def accumulated(self) -> Arrays:
+        """A copy of what the optimizer has summed up, by name, for a snapshot."""
+        return {ENERGY: self._energy.copy()} if self.editor.optimizer == "adagrad" else {}
+
+    def take_up(self, arrays: Arrays) -> None:
+        """Continue from a snapshot: the optimizer's sums, and the pending positions if there are any."""
+        self._energy[:] = arrays.get(ENERGY, 0.0)
+        self.count = 0
+        if "pending.targets" in arrays:
+            self.restore(arrays)
+
     def mark(self, learns: bool) -> PendingMark:
         """What :meth:`rewind` returns to. ``learns``: whether periods may end before that."""
-        return PendingMark(self.count, self.export() if learns else None)
+        return PendingMark(self.count, self.export() if learns else None, self._energy.copy())
 
     def rewind(self, mark: PendingMark) -> None:
         """Undo everything since the mark, but for the memory itself, which is the caller's."""
         self._change.fill(0)
+        self._energy[:] = mark.energy
         if mark.arrays is not None:
             self.restore(mark.arrays)
         self.count = mark.count
@@ -202,15 +220,13 @@ class ReadoutEditor:
             return
         self._clear(count)
         self._call.run()
-        gradient = self._gradient.reshape(-1)
-        norm = math.sqrt(float(np.dot(gradient, gradient)))
+        norm, energy = self._energies()
         if not norm * self.editor.step < _LARGEST_UPDATE:
             reason = "too large" if math.isfinite(norm) else "not finite"
             raise NumericsError(
                 f"the readout memory's gradient is {reason}; the session is as it was before the call"
             )
-        if self.editor.step != 1:
-            gradient *= np.float32(self.editor.step)
+        self._scale_gradient(energy)
         memory = self._change if streaming else self._buffers.readout
         target = self._change if streaming else self._buffers.edit_readout()
         np.subtract(memory, self._gradient, out=target)
@@ -218,6 +234,23 @@ class ReadoutEditor:
         report.gradient_norm.append(norm)
         report.surprise.extend(self._loss[0, :count][known].tolist())
         report.seconds += time.perf_counter() - began
+
+    def _energies(self) -> tuple[float, Array | None]:
+        """The gradient's norm, and the squared norm of each row where the optimizer asks for it."""
+        if self.editor.optimizer == "sgd":
+            flat = self._gradient.reshape(-1)
+            return math.sqrt(float(np.dot(flat, flat))), None
+        rows = np.einsum("ij,ij->i", self._gradient[0], self._gradient[0])
+        return math.sqrt(float(rows.sum())), rows
+
+    def _scale_gradient(self, energy: Array | None) -> None:
+        """Turn the gradient into the update, in place."""
+        step = np.float32(self.editor.step)
+        if energy is not None:
+            self._energy += energy
+            self._gradient[0] *= (step / np.sqrt(1 + self._energy))[:, None]
+        elif step != 1:
+            self._gradient *= step
 
     def _clear(self, count: int) -> None:
         """Empty the rows that a shorter period does not use: what a failed call left may not be finite."""

@@ -16,7 +16,7 @@ from titans_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from titans_runtime.buffers import StateBuffers
 from titans_runtime.bundle import Bundle, open_bundle
 from titans_runtime.editor import Editor, EditReport
-from titans_runtime.errors import NumericsError, StateError, TitansError, UsageError
+from titans_runtime.errors import NumericsError, StateError, UsageError
 from titans_runtime.manifest import Manifest
 from titans_runtime.readout import ReadoutEditor
 from titans_runtime.sampling import Sampling
@@ -24,7 +24,7 @@ from titans_runtime.state import Snapshot, load_snapshot, save_snapshot
 from titans_runtime.tokens import Tokens, checked_tokens
 
 SEGMENT: Final = 512
-"""Tokens that the model takes at once; longer input is cut. Bounds the memory that a call takes."""
+"""Tokens that the model takes at once; longer input is cut. Bounds a call's memory, but for its result."""
 
 
 class _Recommended:
@@ -127,21 +127,33 @@ class Session:
     def __init__(self, model: Model, edit: tuple[float, ...], editor: Editor | None) -> None:
         """Use :meth:`Model.session`."""
         self.model = model
-        self.edit = edit
-        self.editor = editor
+        self._strength = edit
+        self._editor = editor
         self.position = 0
         self.last_edit: EditReport | None = None
         self._edit = np.array([edit], np.float32).reshape(1, -1)
         self._buffers = StateBuffers(model.manifest)
         self._last_logits: Array | None = None
         self._readout = self._open_editor(editor)
+        # Without an editor of its own, `observe` leaves its last position here: (next position, arrays).
+        self._unfinished: tuple[int, Arrays] | None = None
         self._lock = threading.Lock()
         outputs = {tensor.name: tensor for tensor in model.manifest.graphs["model"].outputs}
-        self._key_dim = _width(outputs["readout_key"].shape)
+        self._key_dim = int(outputs["readout_key"].shape[-1])
         self._token = np.zeros((1, 1), np.int64)
         self._token_logits = np.empty((1, 1, model.vocab_size), np.float32)
         self._token_key = np.empty((1, 1, self._key_dim), np.float32)
         self._token_calls: dict[tuple[int, int], Call] = {}
+
+    @property
+    def edit(self) -> tuple[float, ...]:
+        """Strength of the fused rule, per layer."""
+        return self._strength
+
+    @property
+    def editor(self) -> Editor | None:
+        """What the session learns by the open way."""
+        return self._editor
 
     def append(self, tokens: Tokens) -> Array:
         """See tokens, and score the token after each of them.
@@ -362,17 +374,22 @@ class Session:
         other = self._open_editor(editor)
         if own is not None:
             own.hand_over(token, report)
-        self.editor, self._readout = editor, other
+        elif other is not None and self._unfinished and self._unfinished[0] == self.position:
+            other.restore(self._unfinished[1])
+        self._editor, self._readout = editor, other
         yield
         pending = other.finish(report) if other is not None else None
         if own is not None and pending is not None:
             own.restore(pending)
-        self.editor, self._readout = own_editor, own
+        elif pending is not None:
+            self._unfinished = (self.position, pending)
+        self._editor, self._readout = own_editor, own
 
     def _snapshot(self) -> Snapshot:
         arrays: Arrays = {f"state.{name}": array.copy() for name, array in self._buffers.past.items()}
-        if self._readout and self._readout.count:
-            arrays |= self._readout.export()
+        if self._readout:
+            arrays |= self._readout.accumulated()
+            arrays |= self._readout.export() if self._readout.count else {}
         if self._last_logits is not None:
             arrays["last_logits"] = self._last_logits.copy()
         editor = self.editor.to_dict() if self.editor else None
@@ -380,18 +397,17 @@ class Session:
 
     def _restore(self, snapshot: Snapshot) -> None:
         self._buffers.restore(snapshot.arrays)
+        self._unfinished = None
         self.position = snapshot.position
-        self.edit = snapshot.edit
+        self._strength = snapshot.edit
         self._edit[0] = snapshot.edit
         last = snapshot.arrays.get("last_logits")
         self._last_logits = None if last is None else last.copy()
         editor = Editor.from_dict(snapshot.editor) if snapshot.editor else None
         if editor != self.editor:
-            self.editor, self._readout = editor, self._open_editor(editor)
+            self._editor, self._readout = editor, self._open_editor(editor)
         if self._readout:
-            self._readout.count = 0
-            if "pending.targets" in snapshot.arrays:
-                self._readout.restore(snapshot.arrays)
+            self._readout.take_up(snapshot.arrays)
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -411,16 +427,16 @@ class Session:
             hands_over: whether another editor may end the pending period.
         """
         position, last, edit = self.position, self._last_logits, self.edit
-        editor, readout = self.editor, self._readout
+        editor, readout, unfinished = self.editor, self._readout, self._unfinished
         self._buffers.hold(runs=-(-tokens // SEGMENT))
         pending = readout.mark(hands_over or readout.will_learn(position, tokens)) if readout else None
         try:
             yield
         except BaseException:
             self._buffers.rewind()
-            self.position, self._last_logits, self.edit = position, last, edit
+            self.position, self._last_logits, self._strength = position, last, edit
             self._edit[0] = edit
-            self.editor, self._readout = editor, readout
+            self._editor, self._readout, self._unfinished = editor, readout, unfinished
             if readout and pending:
                 readout.rewind(pending)
             raise
@@ -444,10 +460,3 @@ def checked_edit(edit: float | Sequence[float], layers: int) -> tuple[float, ...
         if not 0 <= value <= 1:
             raise UsageError(f"edit is {value}; it must lie between 0 and 1")
     return tuple(values)
-
-
-def _width(shape: tuple[int | str, ...]) -> int:
-    width = shape[-1]
-    if not isinstance(width, int):
-        raise TitansError("titans.json: the last axis of readout_key must have a size")
-    return width

@@ -22,6 +22,9 @@ from titans_runtime.json_reader import canonical, parse_object
 from titans_runtime.manifest import Manifest
 
 FORMAT_VERSION = 1
+ENERGY = "editor.energy"
+"""Name of the optimizer's sums in a snapshot, ``(Dr,)`` float32."""
+
 _METADATA_KEY = "titans"
 _MAX_BYTES = 4 * 2**30
 _FIELDS = ("format_version", "bundle", "position", "edit", "editor", "digest")
@@ -169,17 +172,19 @@ def _check_pending(path: Path, arrays: Arrays, manifest: Manifest, header: Mappi
     """What comes after the state: pending positions, all or none, and the last logits."""
     vocab = manifest.vocab_size
     allowed = {f"state.{entry.name}" for entry in manifest.state}
-    allowed |= {"last_logits", "pending.targets", "pending.readout_key", "pending.logits"}
+    allowed |= {ENERGY, "last_logits", "pending.targets", "pending.readout_key", "pending.logits"}
     unknown = sorted(arrays.keys() - allowed)
     if unknown:
         raise StateError(f"{path}: tensor {unknown[0]} is unknown")
     expected: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {"last_logits": ((vocab,), np.float32)}
+    readout = next((entry.row_shape for entry in manifest.state if entry.name == "readout"), (0,))
+    if (header["editor"] or {}).get("optimizer") == "adagrad" or ENERGY in arrays:
+        expected[ENERGY] = ((readout[0],), np.float32)
     if any(name.startswith("pending.") for name in arrays):
         targets = arrays.get("pending.targets", np.empty(0))
         seen = _seen_of_period(header)
         if not (1 <= targets.size <= seen and -1 <= targets.min() <= targets.max() < vocab):
             raise StateError(f"{path}: pending.targets do not fit the editor {header['editor']}")
-        readout = next((entry.row_shape for entry in manifest.state if entry.name == "readout"), (0,))
         expected["pending.targets"] = ((targets.size,), np.int64)
         expected["pending.readout_key"] = ((targets.size, readout[0]), np.float32)
         expected["pending.logits"] = ((targets.size, vocab), np.float32)

@@ -120,8 +120,10 @@ def _checked_replay(bundle: Bundle, backend: Backend) -> Iterator[tuple[str, Arr
     """Replay; goldens whose names or shapes do not fit the graphs are a damaged bundle."""
     try:
         yield from _replay(bundle, backend)
-    except TitansError:
-        raise
+    except TitansError as error:
+        if str(bundle.folder) in str(error) or not isinstance(error, BundleError):
+            raise
+        raise BundleError(f"{bundle.folder / GOLDENS_NAME}: {error}") from None
     except Exception as error:  # noqa: BLE001 - onnxruntime has no public base class for its errors
         reason = " ".join(str(error).split())
         raise BundleError(

@@ -39,7 +39,7 @@ def test_a_provider_that_onnxruntime_drops_is_no_silent_fallback(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["FastProvider"])
-    with pytest.raises(tr.EnvironmentProblem, match="'FastProvider' cannot start on this machine, only CPU"):
+    with pytest.raises(tr.EnvironmentProblem, match="'FastProvider'"):
         tr.load(tiny_bundle, ["FastProvider"])
 
 

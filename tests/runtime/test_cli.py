@@ -69,7 +69,7 @@ def test_run_prints_one_json_object(titans: Titans, tiny_bundle: Path, text: Pat
     assert fields["bits_per_byte"] == pytest.approx(_score(model, TEXT), abs=1e-4)
     assert fields["bytes"] == fields["position"] == len(TEXT)
     assert fields["edit"] == [0.5, 0.5]
-    assert fields["editor"] == {"objective": "readout", "step": 0.5, "chunk": 4}
+    assert fields["editor"] == tr.Editor(step=0.5).to_dict()
     assert fields["bundle"] == model.manifest.identity
     assert fields["seconds"] >= 0
     assert fields["tokens_per_second"] > 0
@@ -212,7 +212,7 @@ def test_inspect_describes_a_memory_file(
     fields = titans("inspect", tmp_path / "memory", "--json").json
     assert fields["bundle"] == model.manifest.identity
     assert fields["position"] == len(TEXT)
-    assert fields["tensors"]["state.readout"] == [1, 96, 256]
+    assert fields["tensors"]["state.readout"] == [1, 128, 256]
     assert "state.readout" in titans("inspect", tmp_path / "memory").out
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -18,7 +20,8 @@ from tests.runtime.streams import (
     streams,
 )
 from titans_runtime.backends import DTYPES
-from titans_runtime.editor import Editor
+from titans_runtime.editor import OPTIMIZERS, Editor
+from titans_runtime.state import save_snapshot
 
 CHUNKS = [1, 3, 4, 7]
 
@@ -45,10 +48,13 @@ def _forward(model: tr.Model, text: bytes, places: list[int]) -> tuple[Array, Ar
     return np.concatenate(logits), np.concatenate(keys)
 
 
-def _edited(model: tr.Model, text: bytes, places: list[int], step: float, chunk: int) -> tuple[Array, Array]:
+def _edited(
+    model: tr.Model, text: bytes, places: list[int], step: float, chunk: int, optimizer: str = "sgd"
+) -> tuple[Array, Array]:
     """Logits and readout memory after the whole text, one period after the other."""
     base, keys = _forward(model, text, places)
     R = np.zeros((keys.shape[1], base.shape[1]))
+    energy = np.zeros(len(R))
     logits = np.empty_like(base)
     for start in range(0, len(text), chunk):
         end = min(start + chunk, len(text))
@@ -61,16 +67,22 @@ def _edited(model: tr.Model, text: bytes, places: list[int], step: float, chunk:
             softmax /= softmax.sum()
             softmax[text[t + 1]] -= 1
             gradient += np.outer(keys[t], softmax)
+        if optimizer == "adagrad":
+            energy += (gradient**2).sum(axis=1)
+            gradient /= np.sqrt(1 + energy)[:, None]
         R -= step * gradient
     return logits, R
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @given(data=st.data(), text=streams)
-def test_editing_equals_the_formula(model: tr.Model, data: st.DataObject, chunk: int, text: bytes) -> None:
+def test_editing_equals_the_formula(
+    model: tr.Model, data: st.DataObject, optimizer: str, chunk: int, text: bytes
+) -> None:
     places = data.draw(cuts(len(text)))
-    expected, R = _edited(model, text, places, 0.5, chunk)
-    session = model.session(0.0, Editor(step=0.5, chunk=chunk))
+    expected, R = _edited(model, text, places, 0.5, chunk, optimizer)
+    session = model.session(0.0, Editor(step=0.5, chunk=chunk, optimizer=optimizer))
     assert relative_error(append_parts(session, text, places), expected) <= 1e-4
     np.testing.assert_allclose(session.snapshot().arrays["state.readout"][0], R, atol=1e-4)
 
@@ -166,3 +178,43 @@ def test_a_gradient_that_would_leave_float32_is_refused(
     assert_same_snapshot(session.snapshot(), before)
     monkeypatch.undo()
     session.append(b"b" * length)
+
+
+def test_what_the_optimizer_has_summed_up_belongs_to_the_state(model: tr.Model, tmp_path: Path) -> None:
+    """Saved, restored, forked and rolled back like the memory itself."""
+    session = model.session(0.0, Editor(optimizer="adagrad", chunk=3))
+    session.append(b"some words to learn from, some words")
+    session.save(tmp_path / "a.memory")
+    mark, restored = session.snapshot(), model.load_session(tmp_path / "a.memory")
+    assert mark.arrays["editor.energy"].max() > 0
+    assert_same_snapshot(restored.snapshot(), mark)
+    more = b"some words to learn from"
+    expected = session.append(more)
+    assert not np.array_equal(session.snapshot().arrays["editor.energy"], mark.arrays["editor.energy"])
+    for twin in (restored, restored_from(model, mark)):
+        assert np.array_equal(twin.append(more), expected)
+    session.restore(mark)
+    assert np.array_equal(session.append(more), expected)
+    before = session.snapshot()
+    session._readout._keys[:] = 0  # type: ignore[union-attr]
+    session._readout._scored[0, 0, 0] = np.nan  # type: ignore[union-attr]
+    with pytest.raises(tr.NumericsError):
+        session.append(more)
+    np.testing.assert_array_equal(session.snapshot().arrays["editor.energy"], before.arrays["editor.energy"])
+
+
+def restored_from(model: tr.Model, mark: tr.Snapshot) -> tr.Session:
+    """A new session, with no editor of its own, that takes up ``mark``."""
+    session = model.session(0.0, None)
+    session.restore(mark)
+    return session
+
+
+def test_a_memory_without_its_sums_is_refused(model: tr.Model, tmp_path: Path) -> None:
+    session = model.session(0.0, Editor(optimizer="adagrad"))
+    session.append(b"words")
+    mark = session.snapshot()
+    mark.arrays.pop("editor.energy")
+    save_snapshot(mark, tmp_path / "a.memory")
+    with pytest.raises(tr.StateError, match=r"editor\.energy is missing"):
+        model.load_session(tmp_path / "a.memory")

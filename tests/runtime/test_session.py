@@ -697,3 +697,23 @@ def _no_session_is_left_locked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     monkeypatch.setattr(tr.Session, "__init__", remember)
     yield
     assert not any(session._lock.locked() for session in made)
+
+
+def test_lessons_of_one_token_teach_what_one_lesson_does(model: tr.Model) -> None:
+    """A session without an editor of its own still knows which token followed which."""
+    text, editor = b"hello world, hello", tr.Editor(chunk=1)
+    whole, cut = model.session(0.0, None), model.session(0.0, None)
+    report = whole.observe(text, editor)
+    updates = sum(cut.observe([token], editor).updates for token in text)
+    assert updates == report.updates == len(text) - 1
+    np.testing.assert_allclose(
+        cut.snapshot().arrays["state.readout"], whole.snapshot().arrays["state.readout"], atol=1e-4
+    )
+
+
+def test_what_a_session_follows_cannot_be_set(model: tr.Model) -> None:
+    session = model.session()
+    with pytest.raises(AttributeError):
+        session.edit = (1.0, 1.0)  # type: ignore[misc]
+    with pytest.raises(AttributeError):
+        session.editor = None  # type: ignore[misc]

@@ -53,8 +53,8 @@ def test_the_description_is_the_header_and_the_shapes(memory: Path, model: tr.Mo
     description = describe_snapshot(memory)
     assert description["bundle"] == model.manifest.identity
     assert description["position"] == 21
-    assert description["editor"] == {"objective": "readout", "step": 0.5, "chunk": 4}
-    assert description["tensors"]["state.readout"] == [1, 96, 256]
+    assert description["editor"] == tr.Editor(step=0.5).to_dict()
+    assert description["tensors"]["state.readout"] == [1, 128, 256]
     assert description["bytes"] == memory.stat().st_size
 
 
@@ -140,7 +140,7 @@ def _with_other(change: Callable[[Array], Array], name: str) -> Callable[[tr.Sna
 MISFITS = {
     "state missing": (lambda s: {"state.readout": None}, "tensor state.readout is missing"),
     "state shape": (_with_other(lambda a: a[:, :5], "state.readout"), r"\(1, 5, 256\); expected float32"),
-    "state batch": (_with_other(lambda a: np.repeat(a, 2, 0), "state.readout"), r"\(2, 96, 256\)"),
+    "state batch": (_with_other(lambda a: np.repeat(a, 2, 0), "state.readout"), r"\(2, 128, 256\)"),
     "state dtype": (_with_other(lambda a: a.astype(np.float64), "state.readout"), "float64"),
     "logits shape": (_with_other(lambda a: a[:9], "last_logits"), "last_logits is missing, or not float32"),
     "targets dtype": (_with_other(lambda a: a.astype(np.int32), "pending.targets"), "pending.targets"),
@@ -151,7 +151,7 @@ MISFITS = {
     "targets missing": (lambda s: {"pending.targets": None}, "do not fit the editor"),
     "keys missing": (lambda s: {"pending.readout_key": None}, "pending.readout_key is missing"),
     "keys too many": (
-        lambda s: {"pending.readout_key": np.zeros((9, 96), np.float32)},
+        lambda s: {"pending.readout_key": np.zeros((9, 128), np.float32)},
         "pending.readout_key is missing, or not float32",
     ),
     "unknown": (lambda s: {"other": np.zeros(1)}, "tensor other is unknown"),

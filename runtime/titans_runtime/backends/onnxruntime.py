@@ -82,7 +82,9 @@ class OnnxRuntimeBackend:
             weights = self._bundle.read(WEIGHTS_NAME)
             options.add_external_initializers_from_files_in_memory([WEIGHTS_NAME], [weights], [len(weights)])
         try:
-            session = self._ort.InferenceSession(graph, options, providers=list(self._providers))
+            session = self._ort.InferenceSession(
+                graph, options, providers=list(self._providers), enable_fallback=0
+            )
         except Exception as error:  # noqa: BLE001 - onnxruntime has no public base class for its errors
             raise self._refusal(self._bundle.folder / spec.file, str(error)) from None
         _check_fallback(session.get_providers(), self._providers)
@@ -97,6 +99,11 @@ class OnnxRuntimeBackend:
             return EnvironmentProblem(
                 f"{path}: needs opset {requires['opset']} and IR version {requires['ir_version']}, which are "
                 f"newer than onnxruntime {self._ort.__version__}; upgrade onnxruntime"
+            )
+        if self._providers != DEFAULT_PROVIDERS and "rovider" in reason:
+            return EnvironmentProblem(
+                f"providers {list(self._providers)} cannot start on this machine ({reason}); "
+                "install their libraries, or choose another provider"
             )
         return BundleError(f"{path}: cannot be loaded ({reason})")
 
@@ -134,7 +141,13 @@ class OnnxRuntimeCall:
 
     def run(self) -> None:
         """Run the graph on the bound buffers."""
-        self._session.run_with_iobinding(self._binding)
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:  # noqa: BLE001 - onnxruntime has no public base class for its errors
+            reason = " ".join(str(error).split())
+            if "nvalid" in reason:
+                raise BundleError(f"a graph does not fit what it is given; export again ({reason})") from None
+            raise EnvironmentProblem(f"onnxruntime could not run the graph ({reason})") from None
 
     def _value(self, ort: Any, array: Array) -> Any:  # noqa: ANN401 - onnxruntime.OrtValue
         if not array.flags.c_contiguous:
