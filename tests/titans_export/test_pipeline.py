@@ -188,10 +188,25 @@ def test_an_older_bundle_is_replaced(
 ) -> None:
     out = tmp_path / "bundle"
     shutil.copytree(tiny_bundle, out)
-    (out / "titans.json").write_text("of an older version", encoding="utf-8")
-    (out / "old.onnx").write_bytes(b"old")
+    born = out.stat().st_ino
     assert export_bundle(tiny_checkpoint, out).passed
     assert _content(out) == _content(tiny_bundle)
+    assert out.stat().st_ino != born
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("harm", ["a file beside it", "a damaged manifest"])
+def test_what_is_no_intact_bundle_is_left_alone(
+    harm: str, tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path, fast_trace: None
+) -> None:
+    out = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, out)
+    name = "notes.txt" if harm == "a file beside it" else "titans.json"
+    (out / name).write_text("mine", encoding="utf-8")
+    before = _content(out)
+    with pytest.raises(UsageError, match="no intact bundle to replace"):
+        export_bundle(tiny_checkpoint, out)
+    assert _content(out) == before
     assert list(tmp_path.iterdir()) == [out]
 
 
