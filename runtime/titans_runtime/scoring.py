@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -67,12 +67,6 @@ def score(session: Session, text: bytes, progress: Iterable[int] | None = None) 
 def segment_starts(tokens: int) -> range:
     """Where the segments of a text of ``tokens`` tokens begin."""
     return range(0, tokens, SEGMENT)
-
-
-def running_bits(bits: npt.NDArray[np.float32], window: int) -> Iterator[float]:
-    """Mean bits of every full ``window`` of tokens along the text."""
-    for start in range(0, len(bits) - window + 1, window):
-        yield float(bits[start : start + window].mean())
 
 
 def _bits(logits: Array, targets: Array) -> Array:

@@ -8,7 +8,7 @@ from hypothesis import given
 
 import titans_runtime as tr
 from tests.runtime.streams import Array, streams
-from titans_runtime.scoring import running_bits, segment_starts
+from titans_runtime.scoring import segment_starts
 from titans_runtime.session import SEGMENT
 
 
@@ -51,10 +51,6 @@ def test_text_longer_than_a_segment_is_scored_whole(model: tr.Model) -> None:
 def test_an_empty_text_is_refused(model: tr.Model) -> None:
     with pytest.raises(tr.TokenError, match="no tokens"):
         tr.score(model.session(), b"")
-
-
-def test_running_bits_are_the_means_of_full_windows() -> None:
-    assert list(running_bits(np.array([1, 3, 5, 7, 9], np.float32), 2)) == [2.0, 6.0]
 
 
 def test_throughput_counts_every_token() -> None:
