@@ -144,7 +144,7 @@ class Session:
         self._token_logits = np.empty((1, 1, model.vocab_size), np.float32)
         self._token_key = np.empty((1, 1, self._key_dim), np.float32)
         self._segment_keys: Array | None = None
-        self._token_calls: dict[tuple[int, int], Call] = {}
+        self._token_calls: dict[tuple[int, int, bool], Call] = {}
 
     @property
     def edit(self) -> tuple[float, ...]:
@@ -302,42 +302,48 @@ class Session:
         editor, position = self._readout, self.position
         if editor:
             editor.arrive(int(ids[0]), position, teach, report)
-        keys = self._run_model(ids, logits)
-        if editor and len(ids) <= editor.room(position):
-            editor.hold(ids, keys, logits, teach)
-        elif editor:
-            editor.stream(ids, keys, logits, position, report)
+        keys = self._key_buffer(len(ids)) if editor else None  # nobody else reads them
+        self._run_model(ids, logits, keys)
+        if editor and keys is not None:
+            if len(ids) <= editor.room(position):
+                editor.hold(ids, keys, logits, teach)
+            else:
+                editor.stream(ids, keys, logits, position, report)
         self.position += len(ids)
 
-    def _run_model(self, ids: Array, logits: Array) -> Array:
-        """Fill ``logits (T, V)`` and return the readout keys ``(T, Dr)``."""
+    def _run_model(self, ids: Array, logits: Array, keys: Array | None) -> None:
+        """Fill ``logits (T, V)`` and, where asked for, the readout keys ``(T, Dr)``."""
         if len(ids) == 1:
             self._token[0, 0] = ids[0]
-            self._token_call().run()
+            self._token_call(keys is not None).run()
             logits[:] = self._token_logits[0]
-            keys: Array = self._token_key[0]
         else:
-            if self._segment_keys is None:  # kept: fresh memory for every segment costs 2 % of its time
-                self._segment_keys = np.empty((SEGMENT, self._key_dim), np.float32)
-            keys = self._segment_keys[: len(ids)]
-            self._bind(ids[None], logits[None], keys[None]).run()
+            self._bind(ids[None], logits[None], None if keys is None else keys[None]).run()
         self._buffers.swap()
-        return keys
 
-    def _token_call(self) -> Call:
+    def _key_buffer(self, tokens: int) -> Array:
+        if tokens == 1:
+            token_key: Array = self._token_key[0]
+            return token_key
+        if self._segment_keys is None:  # kept: fresh memory for every segment costs 2 % of its time
+            self._segment_keys = np.empty((SEGMENT, self._key_dim), np.float32)
+        return self._segment_keys[:tokens]
+
+    def _token_call(self, with_key: bool) -> Call:
         """The one-token call for the buffers as they stand, bound when first needed."""
-        sides = self._buffers.sides
-        if sides not in self._token_calls:
-            self._token_calls[sides] = self._bind(self._token, self._token_logits, self._token_key)
-        return self._token_calls[sides]
+        which = (*self._buffers.sides, with_key)
+        if which not in self._token_calls:
+            key = self._token_key if with_key else None
+            self._token_calls[which] = self._bind(self._token, self._token_logits, key)
+        return self._token_calls[which]
 
-    def _bind(self, ids: Array, logits: Array, keys: Array) -> Call:
+    def _bind(self, ids: Array, logits: Array, keys: Array | None) -> Call:
         past, spare = self._buffers.past, self._buffers.spare
         return self.model.graph.bind(
             {"input_ids": ids, "edit": self._edit, **{f"past.{name}": past[name] for name in past}},
             {
                 "logits": logits,
-                "readout_key": keys,
+                **({} if keys is None else {"readout_key": keys}),
                 **{f"present.{name}": spare[name] for name in spare},
             },
         )

@@ -53,10 +53,11 @@ class ReadoutKey(nn.Module):
         window = torch.cat([past_ids, input_ids], dim=1)
         tokens = input_ids.shape[1]
         parts = [hidden]
+        on, off = features.new_tensor(self.scale), features.new_tensor(0.0)
         bucket_ids = torch.arange(self.buckets, device=input_ids.device)
         for length in self.contexts:
             bucket = self._hash(window, tokens, length)
-            parts.append(self.scale * (bucket[..., None] == bucket_ids).to(features.dtype))
+            parts.append(torch.where(bucket[..., None] == bucket_ids, on, off))
         return torch.cat(parts, dim=-1), window[:, tokens:]
 
     def _hash(self, window: Tensor, tokens: int, length: int) -> Tensor:

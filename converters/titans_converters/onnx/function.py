@@ -42,7 +42,8 @@ _ONE_TOKEN = """
 """
 
 _TILES = """
-    # --- shapes: pad T to N tiles of C, tiles first: (N, B, H, C, D)
+    # --- N tiles of C tokens, tiles first: (N, B, H, C, D). One gather moves whole rows to their
+    #     tile; rows after the last token repeat it, and their step of 0 keeps them out of the memory.
     c = Constant<value_ints = [{tile}]>()
     key_shape = Shape(key)
     value_shape = Shape(value)
@@ -55,20 +56,33 @@ _TILES = """
     tiles = Div(above_1, c)
     padded = Mul(tiles, c)
     missing = Sub(padded, tokens_1)
-    pads4 = Concat<axis = 0>(i0, i0, i0, i0, i0, i0, missing, i0)
+    zero = Squeeze(i0)
+    one = Squeeze(i1)
+    tile_range_end = Squeeze(tiles)
+    tile_index = Range(zero, tile_range_end, one)
+    rows = Constant<value_ints = [{indices}]>()
+    after_n = Constant<value_ints = [1, 2, 3]>()
+    tile_n = Unsqueeze(tile_index, after_n)
+    tile_start = Mul(tile_n, c)
+    tile_tokens = Add(tile_start, rows)
+    last_tokens = Sub(tokens_1, i1)
+    known_tokens = Min(tile_tokens, last_tokens)
+    streams = ReduceProd<keepdims = 0>(bh)
+    stream_range = Range(zero, streams, one)
+    one_per_stream = Concat<axis = 0>(i1, bh, i1)
+    stream_index = Reshape(stream_range, one_per_stream)
+    stream_start = Mul(stream_index, tokens_1)
+    row_index = Add(stream_start, known_tokens)
+    rows_k = Concat<axis = 0>(minus_one, dk)
+    rows_v = Concat<axis = 0>(minus_one, dv)
+    q_rows = Reshape(query, rows_k)
+    k_rows = Reshape(key, rows_k)
+    v_rows = Reshape(value, rows_v)
+    q = Gather<axis = 0>(q_rows, row_index)
+    k = Gather<axis = 0>(k_rows, row_index)
+    v = Gather<axis = 0>(v_rows, row_index)
     pads3 = Concat<axis = 0>(i0, i0, i0, i0, i0, missing)
-    shape_k = Concat<axis = 0>(bh, tiles, c, dk)
-    shape_v = Concat<axis = 0>(bh, tiles, c, dv)
     shape_g = Concat<axis = 0>(bh, tiles, c, i1)
-    q_padded = Pad(query, pads4)
-    k_padded = Pad(key, pads4)
-    v_padded = Pad(value, pads4)
-    q_tiles = Reshape(q_padded, shape_k)
-    k_tiles = Reshape(k_padded, shape_k)
-    v_tiles = Reshape(v_padded, shape_v)
-    q = Transpose<perm = [2, 0, 1, 3, 4]>(q_tiles)
-    k = Transpose<perm = [2, 0, 1, 3, 4]>(k_tiles)
-    v = Transpose<perm = [2, 0, 1, 3, 4]>(v_tiles)
     floor = Constant<value_float = {floor}>()
     la_floored = Max(log_retention, floor)
     le_floored = Max(log_momentum, floor)
@@ -86,7 +100,6 @@ _TILES = """
 
     # --- segment sums as products with masks. Column 0 stands for the state before the tile,
     #     column s + 1 for write s: G[t, s+1] = prod of gates s+1..t, G[t, 0] = prod of gates 0..t.
-    rows = Constant<value_ints = [{indices}]>()
     columns = Constant<value_ints = [{columns}]>()
     row = Unsqueeze(rows, i1)
     column = Unsqueeze(columns, i0)
@@ -115,44 +128,21 @@ _TILES = """
     r = Slice(r_and_w, i0, i1, i4)
     w = Slice(r_and_w, i1, last, i4)
 
-    # --- the same one row earlier: for M_(t-1)
+    # --- moves a column one row down: the same weights for M_(t-1)
     pad_row = Constant<value_ints = [0, 0, 0, 1, 0, 0, 0, 0, -1, 0]>()
-    p_before = Pad(p, pad_row, f1)
-    rw_before = Pad(r_and_w, pad_row)
-    r_before = Slice(rw_before, i0, i1, i4)
-    w_before = Slice(rw_before, i1, last, i4)
 
-    # --- N, and its inverse by doubling blocks
+    # --- products of keys and queries
     k_t = Transpose<perm = [0, 1, 2, 4, 3]>(k)
-    kk = MatMul(k, k_t)
     qk = MatMul(q, k_t)
     attention = Mul(w, qk)
-    rate = Mul(strength, theta)
-    kk_weighted = Mul(w_before, kk)
-    n = Mul(rate, kk_weighted)
-{inverse}
-    # --- what does not need the memory: U = own - seen [M; S], Y = asked [M; S] + attention U
     theta_v = Mul(theta, v)
-    own = MatMul(inverse, theta_v)
-    rate_p = Mul(rate, p_before)
-    rate_r = Mul(rate, r_before)
-    k_for_m = Mul(rate_p, k)
-    k_for_s = Mul(rate_r, k)
-    k_for_state = Concat<axis = 4>(k_for_m, k_for_s)
-    seen = MatMul(inverse, k_for_state)
     q_for_m = Mul(p, q)
     q_for_s = Mul(r, q)
     asked = Concat<axis = 4>(q_for_m, q_for_s)
-    seen_and_asked = Concat<axis = 3>(seen, asked)
 
     # --- weights of the state's step, at the row of each tile's last token
-    last_tokens = Sub(tokens_1, i1)
     last_in_tile = Mod(last_tokens, c)
     full_row = Sub(c, i1)
-    tile_range_end = Squeeze(tiles)
-    zero = Squeeze(i0)
-    one = Squeeze(i1)
-    tile_index = Range(zero, tile_range_end, one)
     last_tile = Sub(tiles, i1)
     is_last_tile = Equal(tile_index, last_tile)
     end_row = Where(is_last_tile, last_in_tile, full_row)
@@ -172,17 +162,84 @@ _TILES = """
     attention_and_writes = Concat<axis = 3>(attention, k_to_m, k_to_s)
     row_splits = Concat<axis = 0>(c, dk, dk)
 
-    # --- the recurrence: only what depends on the memory
-    tile_memory, tile_momentum, y = Scan<
-        num_scan_inputs = 6,
-        body = step_of_tile (float[b, h, x, v] m, float[b, h, x, v] s, float[b, h, x2, d2] sa,
-                             float[b, h, z, x3] aw, float[b, h, x4, v] o,
-                             float[b, h, y1, y1] ep, float[b, h, y1, y1] er, float[b, h, y1, y1] ec)
+    # --- without editing (λ = 0 in every row) the memory does not read itself: N = 0 and U = θ V
+    strongest = ReduceMax<keepdims = 0>(edit)
+    editing = Greater(strongest, f0)
+    tile_memory, tile_momentum, y = If (editing) <
+        then_branch = edited () => (float[b, h, d, v] edited_memory, float[b, h, d, v] edited_momentum,
+                                    float[n, b, h, t, v] edited_y) {{{edited}}},
+        else_branch = plain () => (float[b, h, d, v] plain_memory, float[b, h, d, v] plain_momentum,
+                                   float[n, b, h, t, v] plain_y) {{{plain}}}
+    >
+    # --- back to (B, H, T, Dv): token t of stream x is row t mod C of tile t div C
+    tokens_s = Squeeze(tokens_1)
+    token_index = Range(zero, tokens_s, one)
+    tile_of = Div(token_index, c)
+    place_in_tile = Mod(token_index, c)
+    streams_1 = ReduceProd<keepdims = 1>(bh)
+    tile_offset = Mul(tile_of, streams_1)
+    stream_axis = Concat<axis = 0>(bh, i1)
+    stream_of = Reshape(stream_range, stream_axis)
+    tile_and_stream = Add(tile_offset, stream_of)
+    tile_row = Mul(tile_and_stream, c)
+    y_index = Add(tile_row, place_in_tile)
+    y_rows = Reshape(y, rows_v)
+    tile_output = Gather<axis = 0>(y_rows, y_index)
+"""
+
+_EDITED = """
+    # --- N, and its inverse by doubling blocks
+    p_before = Pad(p, pad_row, f1)
+    rw_before = Pad(r_and_w, pad_row)
+    r_before = Slice(rw_before, i0, i1, i4)
+    w_before = Slice(rw_before, i1, last, i4)
+    kk = MatMul(k, k_t)
+    rate = Mul(strength, theta)
+    kk_weighted = Mul(w_before, kk)
+    n = Mul(rate, kk_weighted)
+{inverse}
+    # --- what does not need the memory: U = own - seen [M; S], Y = asked [M; S] + attention U.
+    #     A row of K scaled before the product is a column of the inverse scaled: half the work.
+    rate_p = Mul(rate, p_before)
+    rate_r = Mul(rate, r_before)
+    rate_p_row = Transpose<perm = [0, 1, 2, 4, 3]>(rate_p)
+    rate_r_row = Transpose<perm = [0, 1, 2, 4, 3]>(rate_r)
+    inverse_p = Mul(inverse, rate_p_row)
+    inverse_r = Mul(inverse, rate_r_row)
+    seen_m = MatMul(inverse_p, k)
+    seen_s = MatMul(inverse_r, k)
+    seen = Concat<axis = 4>(seen_m, seen_s)
+    own = MatMul(inverse, theta_v)
+    edited_memory, edited_momentum, edited_y = Scan<
+        num_scan_inputs = 7,
+        body = edited_tile (float[b, h, x, v] m, float[b, h, x, v] s, float[b, h, x2, d2] e,
+                            float[b, h, x2, d2] a, float[b, h, z, x3] aw, float[b, h, x4, v] o,
+                            float[b, h, y1, y1] ep, float[b, h, y1, y1] er, float[b, h, y1, y1] ec)
           => (float[b, h, x, v] m_next, float[b, h, x, v] s_next, float[b, h, x4, v] y_tile) {{
             state = Concat<axis = 2>(m, s)
-            reads = MatMul(sa, state)
-            read_k, read_q = Split<axis = 2, num_outputs = 2>(reads)
+            read_k = MatMul(e, state)
+            read_q = MatMul(a, state)
             u = Sub(o, read_k)
+{step}
+        }}
+    >(past_memory, past_momentum, seen, asked, attention_and_writes, own, end_p, end_r, end_c)
+"""
+
+_PLAIN = """
+    plain_memory, plain_momentum, plain_y = Scan<
+        num_scan_inputs = 6,
+        body = plain_tile (float[b, h, x, v] m, float[b, h, x, v] s, float[b, h, x2, d2] a,
+                           float[b, h, z, x3] aw, float[b, h, x4, v] u,
+                           float[b, h, y1, y1] ep, float[b, h, y1, y1] er, float[b, h, y1, y1] ec)
+          => (float[b, h, x, v] m_next, float[b, h, x, v] s_next, float[b, h, x4, v] y_tile) {{
+            state = Concat<axis = 2>(m, s)
+            read_q = MatMul(a, state)
+{step}
+        }}
+    >(past_memory, past_momentum, asked, attention_and_writes, theta_v, end_p, end_r, end_c)
+"""
+
+_TILE_STEP = """
             products = MatMul(aw, u)
             y_u, m_u, s_u = Split<axis = 2>(products, row_splits)
             y_tile = Add(read_q, y_u)
@@ -192,15 +249,10 @@ _TILES = """
             m_next = Add(m_moved, m_u)
             s_kept = Mul(ec, s)
             s_next = Add(s_kept, s_u)
-        }}
-    >(past_memory, past_momentum, seen_and_asked, attention_and_writes, own, end_p, end_r, end_c)
-    y_heads = Transpose<perm = [1, 2, 0, 3, 4]>(y)
-    shape_y = Concat<axis = 0>(bh, padded, dv)
-    y_padded = Reshape(y_heads, shape_y)
-    tile_output = Slice(y_padded, i0, tokens_1, i2)
 """
 
 _INDEX_CONSTANTS = """
+    minus_one = Constant<value_ints = [-1]>()
     i0 = Constant<value_ints = [0]>()
     i1 = Constant<value_ints = [1]>()
     i2 = Constant<value_ints = [2]>()
@@ -236,11 +288,12 @@ def neural_memory_function(tile: int) -> onnx.FunctionProto:
     declared for readers of the graph; this body is built for its value.
     """
     tiles = _TILES.format(
+        edited=_EDITED.format(inverse=_inverse_by_doubling(tile), step=_TILE_STEP),
+        plain=_PLAIN.format(step=_TILE_STEP),
         tile=tile,
         floor=_LOG_FLOOR,
         indices=", ".join(str(i) for i in range(tile)),
         columns=", ".join(str(i) for i in range(tile + 1)),
-        inverse=_inverse_by_doubling(tile),
     )
     text = _FUNCTION.format(
         domain=DOMAIN,
