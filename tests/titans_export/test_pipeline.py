@@ -139,7 +139,7 @@ def test_wrong_export_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    _wrong_rule(monkeypatch, "_TILES", "u = Sub(o, read_k)", "u = Add(o, read_k)")
+    _wrong_rule(monkeypatch, "_EDITED", "u = Sub(o, read_k)", "u = Add(o, read_k)")
     code, line = _run_export(tiny_checkpoint, tmp_path / "here" / "bundle", capsys)
     assert code == 1
     assert line.startswith("titans: verification failed: ")
