@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from titans_export.config import PRESETS
+from titans_export.config import PRESETS, overridden
 from titans_runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def _add_train(subparsers: Subparsers) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="CHECKPOINT")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="nano")
+    _add_overrides(parser)
     parser.add_argument(
         "--edit", type=float, default=0.0, help="edit strength while training, 0..1 (default 0)"
     )
@@ -86,7 +87,7 @@ def _train(args: argparse.Namespace) -> int:
         compiled=args.compile,
     )
     train(
-        PRESETS[args.preset],
+        overridden(PRESETS[args.preset], args.set),
         config,
         load_corpus(args.data),
         args.out,
@@ -98,9 +99,20 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="change fields of the preset's config, as in: --set momentum=false period=16",
+    )
+
+
 def _add_init(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("init", help="write a checkpoint with random weights, for latency work")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="base")
+    _add_overrides(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, metavar="CHECKPOINT")
     parser.set_defaults(handler=_init)
@@ -113,7 +125,7 @@ def _init(args: argparse.Namespace) -> int:
     from titans_export.training.checkpoint import save_checkpoint
 
     torch.manual_seed(args.seed)
-    save_checkpoint(TitansModel(PRESETS[args.preset]), args.out)
+    save_checkpoint(TitansModel(overridden(PRESETS[args.preset], args.set)), args.out)
     print(args.out)
     return 0
 
@@ -122,13 +134,19 @@ def _add_export(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("export", help="turn a checkpoint into a verified bundle")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE")
+    parser.add_argument(
+        "--weights",
+        choices=("float32", "float16"),
+        default="float32",
+        help="dtype in which matrices are stored; products and the memory are float32 either way",
+    )
     parser.set_defaults(handler=_export)
 
 
 def _export(args: argparse.Namespace) -> int:
     from titans_export.pipeline import export_bundle
 
-    result = export_bundle(args.checkpoint, args.out, report=_note)
+    result = export_bundle(args.checkpoint, args.out, report=_note, weights=args.weights)
     print("\n".join(result.lines()))
     print(args.out)
     return 0

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from titans_export.memory.tiles import MemoryForm
 from titans_runtime.errors import DataError, UsageError
+
+ARCHITECTURES = ("lmm", "mac", "mag", "mal")
+_POSITIVE = (
+    "vocab_size", "d_model", "layers", "heads", "head_dim", "d_ff", "tile", "memory_expansion", "period",
+    "segment", "persistent",
+)  # fmt: skip
+_MAX_DEPTH = 4
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a Titans model (arXiv 2501.00663, section 3: the long-term memory module, LMM).
+    """Shape of a Titans model (arXiv 2501.00663).
 
     Attributes:
+        architecture: ``lmm``, the memory alone (section 3); ``mac``, memory as context (4.1); ``mag``,
+            memory as gate (4.2); ``mal``, memory as layer (4.3).
         vocab_size: number of token ids; 256 for bytes.
         d_model: width of the residual stream.
         layers: number of memory layers, each followed by a feed-forward layer.
@@ -24,6 +35,16 @@ class ModelConfig:
         d_ff: inner width of the feed-forward layer.
         conv_kernel: taps of the causal depthwise convolution on query, key and value.
         tile: tokens that the matrix form of the memory rule takes at once.
+        memory_depth: 0 for a matrix as memory, 1 to 4 for an MLP of that many layers.
+        memory_expansion: inner width of a deep memory, in head widths.
+        period: tokens whose gradients are all taken at the memory as their period began; 1 is exact.
+        momentum: whether writes have momentum.
+        retention: whether the memory forgets.
+        convolution: whether query, key and value are convolved.
+        learned_memory: whether the memory begins with learned weights; a deep one must.
+        window: tokens that attention sees in MAG and MAL, the current one included.
+        segment: tokens of a segment in MAC.
+        persistent: learned tokens that attention always sees.
         readout_contexts: lengths, in tokens, of the hashed contexts in the readout key.
         readout_buckets: hash buckets for each of these lengths.
         readout_context_scale: length of each context's one-hot part of the readout key,
@@ -31,6 +52,7 @@ class ModelConfig:
             development files (benchmarks/editing): longer one-hot parts drown the hidden one.
     """
 
+    architecture: str = "lmm"
     vocab_size: int = 256
     d_model: int = 192
     layers: int = 4
@@ -39,6 +61,16 @@ class ModelConfig:
     d_ff: int = 640
     conv_kernel: int = 4
     tile: int = 32
+    memory_depth: int = 0
+    memory_expansion: int = 2
+    period: int = 1
+    momentum: bool = True
+    retention: bool = True
+    convolution: bool = True
+    learned_memory: bool = False
+    window: int = 64
+    segment: int = 32
+    persistent: int = 4
     readout_contexts: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
     readout_buckets: int = 1024
     readout_context_scale: float = 0.6
@@ -49,9 +81,24 @@ class ModelConfig:
         Raises:
             UsageError: a field is not positive; the message names it.
         """
-        for name in ("vocab_size", "d_model", "layers", "heads", "head_dim", "d_ff", "tile"):
+        if self.architecture not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise UsageError(f"config: architecture is {self.architecture!r}; known: {known}")
+        for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise UsageError(f"config: {name} is {getattr(self, name)}; it must be 1 or more")
+        if not 0 <= self.memory_depth <= _MAX_DEPTH:
+            raise UsageError(f"config: memory_depth is {self.memory_depth}; it must be 0 to {_MAX_DEPTH}")
+        if self.memory_depth and not self.learned_memory:
+            raise UsageError("config: a deep memory begins with learned weights; set learned_memory")
+        if self.window < 2:
+            raise UsageError(f"config: window is {self.window}; it must be 2 or more")
+        if self.architecture != "lmm" and self.head_dim % 2:
+            raise UsageError(f"config: head_dim is {self.head_dim}; rotary positions need an even one")
+        if self.architecture == "mac" and self.segment % self.period:
+            raise UsageError(
+                f"config: segment is {self.segment}, no multiple of the gradient period {self.period}"
+            )
         if self.conv_kernel < 2:
             raise UsageError(f"config: conv_kernel is {self.conv_kernel}; it must be 2 or more")
         if any(n < 1 for n in self.readout_contexts) or self.readout_buckets < 1:
@@ -63,9 +110,19 @@ class ModelConfig:
         return self.heads * self.head_dim
 
     @property
-    def conv_channels(self) -> int:
-        """Channels of the causal convolution: query, key and value of all heads."""
-        return 3 * self.inner
+    def memory_form(self) -> MemoryForm:
+        """Kind of the memory."""
+        return MemoryForm(self.memory_depth, self.momentum, self.period)
+
+    @property
+    def gate_count(self) -> int:
+        """Gates of a head: retention, momentum, step, as far as they are there."""
+        return 1 + self.momentum + self.retention
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether the state holds the position: where periods, segments and windows begin."""
+        return self.architecture != "lmm" or not self.memory_form.exact
 
     @property
     def readout_key_dim(self) -> int:
@@ -122,10 +179,43 @@ class ModelConfig:
         return cls.from_dict(fields)
 
 
+def overridden(config: ModelConfig, settings: Sequence[str]) -> ModelConfig:
+    """``config`` with fields replaced by ``FIELD=VALUE`` settings, values as in JSON.
+
+    Raises:
+        UsageError: a setting has no value, or its field or value is not one of a config.
+    """
+    fields = config.to_dict()
+    for setting in settings:
+        name, separator, text = setting.partition("=")
+        if not separator:
+            raise UsageError(f"--set {setting}: expected FIELD=VALUE")
+        try:
+            fields[name] = json.loads(text)
+        except ValueError:
+            fields[name] = text
+    try:
+        return ModelConfig.from_dict(fields)
+    except DataError as error:
+        raise UsageError(f"--set: {error}") from None
+
+
+_DEEP: dict[str, Any] = {"memory_depth": 2, "period": 16, "learned_memory": True}
+_TINY = ModelConfig(
+    d_model=32, layers=2, heads=2, head_dim=16, d_ff=64, tile=8, readout_buckets=16, window=8, segment=8
+)
+
 PRESETS: dict[str, ModelConfig] = {
     "nano": ModelConfig(),
+    "nano-ssm": ModelConfig(momentum=False),
+    "nano-deep": ModelConfig(d_ff=576, **_DEEP),
+    "nano-mac": ModelConfig(architecture="mac", layers=3, d_ff=576),
+    "nano-mag": ModelConfig(architecture="mag", d_ff=464),
+    "nano-mal": ModelConfig(architecture="mal", layers=3),
     "base": ModelConfig(d_model=512, layers=8, heads=8, d_ff=2048),
+    "base-deep": ModelConfig(d_model=512, layers=8, heads=8, d_ff=2048, **_DEEP),
     "wide": ModelConfig(d_model=1024, layers=12, heads=16, d_ff=4096),
-    "tiny": ModelConfig(d_model=32, layers=2, heads=2, head_dim=16, d_ff=64, tile=8, readout_buckets=16),
+    "tiny": _TINY,
 }
-"""Named sizes: ``nano`` is trained and shipped, ``base`` and ``wide`` serve latency work, ``tiny`` tests."""
+"""Named sizes: ``nano`` is trained and shipped, the others of its size are the rest of the family; ``base``
+and ``wide`` serve latency work, ``tiny`` tests."""

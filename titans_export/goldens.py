@@ -15,9 +15,10 @@ from torch import Tensor
 
 from titans_export.config import ModelConfig
 from titans_export.memory import token_loop
+from titans_export.memory.output import MemoryOutput
 from titans_export.memory.readout import readout_gradient
-from titans_export.memory.reference import MemoryOutput
-from titans_export.model import State, TitansModel, initial_state
+from titans_export.memory.reference import reference_recurrence
+from titans_export.model import Rules, State, TitansModel
 
 Arrays = dict[str, npt.NDArray[np.generic]]
 
@@ -32,6 +33,7 @@ class _Case:
         edit: ``(B, layers)``.
         repeated: one token over and over, which makes all keys of a tile equal.
         readout: begin with a filled readout memory.
+        staggered: begin with rows at different positions of their streams.
     """
 
     name: str
@@ -39,6 +41,7 @@ class _Case:
     edit: Tensor
     repeated: bool = False
     readout: bool = False
+    staggered: bool = False
 
 
 def make_goldens(model: TitansModel, seed: int = 0) -> Arrays:
@@ -47,7 +50,7 @@ def make_goldens(model: TitansModel, seed: int = 0) -> Arrays:
     Returns:
         Tensors named ``<case>.<graph>.<call>.<input|output>.<tensor>``.
     """
-    reference = TitansModel(model.config, _token_loop_rule)
+    reference = TitansModel(model.config, Rules(_token_loop_rule, reference_recurrence))
     reference.load_state_dict(model.state_dict())
     reference = reference.double().eval()
     generator = torch.Generator().manual_seed(seed)
@@ -63,12 +66,12 @@ def _token_loop_rule(*inputs: Tensor, tile: int) -> MemoryOutput:
 
 
 def _cases(config: ModelConfig, generator: torch.Generator) -> list[_Case]:
-    tile, layers = config.tile, config.layers
+    tile, layers = _longest_unit(config), config.layers
     mixed = torch.rand(2, layers, generator=generator)
     return [
         _Case("edit_off", (7, 1, 2 * tile + 1, 1), torch.zeros(1, layers)),
         _Case("edit_on", (tile, 1, tile - 1, 2), torch.ones(1, layers), readout=True),
-        _Case("mixed_batch", (3, 1, tile + 2), mixed),
+        _Case("mixed_batch", (3, 1, tile + 2), mixed, staggered=True),
         _Case("repeated_token", (2 * tile, 1), torch.ones(1, layers), repeated=True),
     ]
 
@@ -76,12 +79,17 @@ def _cases(config: ModelConfig, generator: torch.Generator) -> list[_Case]:
 @torch.no_grad()
 def _run_model(model: TitansModel, case: _Case, generator: torch.Generator) -> Arrays:
     config, batch = model.config, len(case.edit)
-    state = initial_state(config, batch, torch.float64)
+    state = model.initial_state(batch)
     arrays: Arrays = {}
     if case.readout:
         readout = 0.1 * torch.randn(state["readout"].shape, generator=generator)
         state["readout"] = readout.double()
         arrays[f"{case.name}.model.0.input.past.readout"] = readout.numpy()
+    if case.staggered:
+        state |= _staggered_state(model, case.edit, generator)
+        for name, tensor in state.items():
+            arrays[f"{case.name}.model.0.input.past.{name}"] = _single(tensor)
+            state[name] = tensor.float().double() if tensor.is_floating_point() else tensor
     for call, length in enumerate(case.lengths):
         ids = torch.randint(config.vocab_size, (batch, length), generator=generator)
         if case.repeated:
@@ -97,6 +105,23 @@ def _run_model(model: TitansModel, case: _Case, generator: torch.Generator) -> A
             arrays |= _present(prefix, output.state)
         state |= output.state
     return arrays
+
+
+def _longest_unit(config: ModelConfig) -> int:
+    """Tokens after which the model's innermost loop begins anew: calls must cross its end."""
+    if config.architecture == "mac":
+        return config.segment
+    return config.tile if config.memory_form.exact else config.period
+
+
+def _staggered_state(model: TitansModel, edit: Tensor, generator: torch.Generator) -> State:
+    """State of rows that have seen 1, 2, … tokens more than half a unit."""
+    rows = []
+    for row in range(len(edit)):
+        tokens = _longest_unit(model.config) // 2 + 1 + row
+        ids = torch.randint(model.config.vocab_size, (1, tokens), generator=generator)
+        rows.append(model(ids, edit[row : row + 1].double(), model.initial_state(1)).state)
+    return {name: torch.cat([state[name] for state in rows]) for name in rows[0]}
 
 
 def _present(prefix: str, state: State) -> Arrays:

@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from titans_export.model import TitansModel, initial_state
+from titans_export.model import TitansModel
 from titans_runtime.backends import Array
 from titans_runtime.errors import CheckFailed
 from titans_runtime.session import Model
@@ -98,7 +98,7 @@ def _row(what: str, tokens: int, pairs: list[tuple[float, float]]) -> LatencyRow
 
 @torch.inference_mode()
 def _check_equal(eager: TitansModel, ours: Model, ids: Array, strength: float) -> None:
-    expected = eager(torch.from_numpy(ids)[None], _strength(eager, strength), initial_state(eager.config, 1))
+    expected = eager(torch.from_numpy(ids)[None], _strength(eager, strength), eager.initial_state(1))
     actual = ours.session(edit=strength, editor=None).append(ids)
     scale = float(expected.logits.abs().max())
     error = float(np.abs(actual - expected.logits[0].numpy()).max())
@@ -110,7 +110,7 @@ def _check_equal(eager: TitansModel, ours: Model, ids: Array, strength: float) -
 
 @torch.inference_mode()
 def _eager_prefill(model: TitansModel, ids: Array, strength: float) -> float:
-    state = initial_state(model.config, 1)
+    state = model.initial_state(1)
     edit, tokens = _strength(model, strength), torch.from_numpy(ids)[None]
     began = time.perf_counter()
     model(tokens, edit, state)
@@ -119,7 +119,7 @@ def _eager_prefill(model: TitansModel, ids: Array, strength: float) -> float:
 
 @torch.inference_mode()
 def _eager_decode(model: TitansModel, ids: Array, strength: float) -> float:
-    state = initial_state(model.config, 1)
+    state = model.initial_state(1)
     edit, tokens = _strength(model, strength), torch.from_numpy(ids)[None]
     began = time.perf_counter()
     for t in range(len(ids)):

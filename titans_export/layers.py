@@ -15,6 +15,11 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(dim, eps=1e-6)
 
 
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """:class:`RMSNorm` with a weight that stands elsewhere."""
+    return F.rms_norm(x, weight.shape, weight, 1e-6)
+
+
 def l2_normalise(x: Tensor, eps: float = 1e-6) -> Tensor:
     """Unit length over the last axis; ``ε`` inside the root keeps a zero vector zero.
 

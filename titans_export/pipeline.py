@@ -14,12 +14,13 @@ from safetensors.numpy import save as save_arrays
 
 from titans_converters.onnx.files import write_models
 from titans_converters.onnx.function import OPSET
-from titans_converters.onnx.trace import memory_node, trace
+from titans_converters.onnx.trace import memory_node, recurrence_node, trace
 from titans_converters.program import Axes, Program
 from titans_export.goldens import make_goldens
-from titans_export.model import TitansModel, state_schema
+from titans_export.model import Rules, TitansModel, state_schema
 from titans_export.programs import model_program, readout_gradient_program, state_axes
-from titans_export.training.checkpoint import load_checkpoint
+from titans_export.recurrence_programs import recurrence_programs
+from titans_export.training.checkpoint import load_checkpoint, round_to_half
 from titans_runtime import bundle as bundles
 from titans_runtime.editor import Editor
 from titans_runtime.errors import BundleError, DataError, UsageError
@@ -34,7 +35,9 @@ _LEAST_ONNXRUNTIME = "1.25"  # 1.24 refuses the operator's body; 1.25, 1.27 and 
 Report = Callable[[str], None]
 
 
-def export_bundle(checkpoint: Path, bundle: Path, report: Report = lambda _: None) -> VerificationReport:
+def export_bundle(
+    checkpoint: Path, bundle: Path, report: Report = lambda _: None, weights: str = "float32"
+) -> VerificationReport:
     """Export a checkpoint and verify the result against the PyTorch model's token loop.
 
     The bundle is built beside ``bundle`` and moved into place once it has been verified.
@@ -43,6 +46,8 @@ def export_bundle(checkpoint: Path, bundle: Path, report: Report = lambda _: Non
         checkpoint: folder with ``config.json`` and ``weights.safetensors``.
         bundle: folder to write. An intact older bundle there is replaced; anything else is refused.
         report: receives one line per step.
+        weights: dtype in which matrices are stored, ``float32`` or ``float16``. Half of the size; all
+            products and the memory stay in float32, with the rounded weights.
 
     Raises:
         DataError: the checkpoint is damaged.
@@ -51,17 +56,22 @@ def export_bundle(checkpoint: Path, bundle: Path, report: Report = lambda _: Non
     """
     _refuse_foreign_folder(bundle)
     model, editing = load_checkpoint(checkpoint), read_editing(checkpoint)
+    if weights == "float16":
+        round_to_half(model)
     bundle.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{bundle.name}.", dir=bundle.parent))
     try:
         work.chmod(0o755)
         report("tracing the model and its gradient")
-        programs = [model_program(model, memory_node), readout_gradient_program(model.config)]
-        files = write_models({program.name: trace(program) for program in programs}, work)
+        rules = Rules(exact=memory_node, recurrence=recurrence_node)
+        programs = [model_program(model, rules), readout_gradient_program(model.config)]
+        recurrences = recurrence_programs(model)
+        graphs = {program.name: trace(program, recurrences) for program in programs}
+        files = [*write_models(graphs, work, weights), *_write_learned_state(model, work)]
         report("running the reference for the goldens")
         write_atomically(work / bundles.GOLDENS_NAME, save_arrays(make_goldens(model)))
         bundles.write_manifest(
-            work, _manifest(model, programs, work, [*files, bundles.GOLDENS_NAME], editing)
+            work, _manifest(model, programs, work, [*files, bundles.GOLDENS_NAME], editing, weights)
         )
         report("replaying the goldens in ONNX Runtime")
         result = verify(work)
@@ -95,8 +105,22 @@ def read_editing(checkpoint: Path) -> dict[str, Any]:
     return {"edit": edit, "editor": editor}
 
 
+def _write_learned_state(model: TitansModel, folder: Path) -> list[str]:
+    """The memories that a stream begins with, where they are not zero."""
+    learned = {name: tensor.detach().numpy() for name, tensor in model.learned_state().items()}
+    if not learned:
+        return []
+    write_atomically(folder / bundles.INITIAL_NAME, save_arrays(learned))
+    return [bundles.INITIAL_NAME]
+
+
 def _manifest(
-    model: TitansModel, programs: list[Program], folder: Path, files: list[str], editing: dict[str, Any]
+    model: TitansModel,
+    programs: list[Program],
+    folder: Path,
+    files: list[str],
+    editing: dict[str, Any],
+    weights: str,
 ) -> bundles.Manifest:
     config = model.config
     return bundles.Manifest.create(
@@ -105,7 +129,7 @@ def _manifest(
             for name in ("titans-export", "titans-converters", "torch", "onnx", "onnxscript")
         },
         requires={"onnxruntime": _LEAST_ONNXRUNTIME, "ir_version": _IR_VERSION, "opset": OPSET},
-        model=config.to_dict(),
+        model=config.to_dict() | {"weights": weights},
         tokenizer="bytes",
         vocab_size=config.vocab_size,
         edit_layers=config.layers,
@@ -127,20 +151,21 @@ def _graph(program: Program) -> bundles.GraphSpec:
 
 
 def _dtype(name: str) -> str:
-    return "int64" if name == "input_ids" or name.endswith(".context") else "float32"
+    return "int64" if name == "input_ids" or name.endswith((".position", ".context")) else "float32"
 
 
 def _state(model: TitansModel) -> tuple[bundles.StateSpec, ...]:
-    axes = state_axes(model.config)
+    axes, learned = state_axes(model.config), model.learned_state()
     return tuple(
-        bundles.StateSpec(name, _dtype(f"past.{name}"), axes[name], 0.0, _role(name))
-        for name in state_schema(model.config)
+        bundles.StateSpec(
+            name,
+            _dtype(f"past.{name}"),
+            axes[name],
+            bundles.INITIAL_NAME if name in learned else 0.0,
+            entry.role,
+        )
+        for name, entry in state_schema(model.config).items()
     )
-
-
-def _role(name: str) -> str:
-    last = name.rsplit(".", maxsplit=1)[-1]
-    return {"memory": "memory", "readout": "memory", "momentum": "momentum"}.get(last, "window")
 
 
 def _refuse_foreign_folder(bundle: Path) -> None:

@@ -8,16 +8,16 @@ from torch import Tensor, nn
 from titans_converters.program import Axes, Program
 from titans_export.config import ModelConfig
 from titans_export.memory.readout import readout_gradient
-from titans_export.model import MemoryRule, TitansModel, initial_state, state_schema
+from titans_export.model import Rules, TitansModel, initial_state, state_schema
 
 # Example sizes for tracing: unlike each other and unlike any fixed size of a sensible model.
 _BATCH, _TOKENS = 11, 37
 
 
-def model_program(model: TitansModel, memory_rule: MemoryRule) -> Program:
-    """The program ``model``, with ``memory_rule`` in place of the reference one."""
+def model_program(model: TitansModel, rules: Rules) -> Program:
+    """The program ``model``, with ``rules`` in place of the reference ones."""
     config = model.config
-    copy = TitansModel(config, memory_rule)
+    copy = TitansModel(config, rules)
     copy.load_state_dict(model.state_dict())
     state = initial_state(config, _BATCH)
     axes = state_axes(config)

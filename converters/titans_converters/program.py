@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 Axes = tuple[int | str, ...]
@@ -21,6 +22,7 @@ class Program:
             every fixed size, or tracing may take one for the other.
         input_axes: axes by input name.
         output_axes: axes by output name, in the order of ``forward``'s results.
+        output_dtypes: of outputs that are not float32.
     """
 
     name: str
@@ -28,6 +30,7 @@ class Program:
     inputs: dict[str, Tensor]
     input_axes: dict[str, Axes]
     output_axes: dict[str, Axes]
+    output_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check that examples and axes belong together."""
@@ -36,3 +39,36 @@ class Program:
         for name, tensor in self.inputs.items():
             if tensor.dim() != len(self.input_axes[name]):
                 raise ValueError(f"program {self.name}: {name} has {tensor.dim()} axes in its example")
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of an input, or of an output."""
+        if name in self.inputs:
+            return self.inputs[name].dtype
+        return self.output_dtypes.get(name, torch.float32)
+
+
+@dataclass(frozen=True)
+class RecurrenceProgram:
+    """A recurrence that advances tile by tile, as the parts between which a graph's loop stands.
+
+    Attributes:
+        name: of the operator.
+        tile: tokens of a tile.
+        tokens: names of the inputs that have an axis of tokens; the first one's third axis counts them.
+        carry: names of the inputs that are state, in the order in which they come out.
+        output: name of the output that has an axis of tokens.
+        one: one token: all inputs → output and state.
+        tiles: all inputs → the inputs with an axis of tokens, and ``live``, cut into tiles, tiles first.
+        step: one tile: its tokens, state and all other inputs → output and state.
+        rows: ``tiles``, the output of every tile, and all inputs → output.
+    """
+
+    name: str
+    tile: int
+    tokens: tuple[str, ...]
+    carry: tuple[str, ...]
+    output: str
+    one: Program
+    tiles: Program
+    step: Program
+    rows: Program

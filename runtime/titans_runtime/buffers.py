@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from titans_runtime.backends import DTYPES, Array, Arrays
+from titans_runtime.backends import Array, Arrays
 from titans_runtime.manifest import Manifest
 
 _READOUT = "readout"
@@ -19,14 +19,14 @@ class StateBuffers:
     copied, but where a call runs the model more than once.
     """
 
-    def __init__(self, manifest: Manifest) -> None:
-        """Allocate both sets, filled with the schema's initial values."""
+    def __init__(self, manifest: Manifest, initial: Arrays) -> None:
+        """Allocate both sets, filled with ``initial``, one row of every entry."""
         outputs = {tensor.name for tensor in manifest.graphs["model"].outputs}
         first: Arrays = {}
         self._kept: Arrays = {}  # entries that nothing changes
         self._readouts: tuple[Array, ...] = ()
         for entry in manifest.state:
-            array = np.full((1, *entry.row_shape), entry.initial, DTYPES[entry.dtype])
+            array = initial[entry.name].copy()
             if f"present.{entry.name}" in outputs:
                 first[entry.name] = array
             elif entry.name == _READOUT:

@@ -9,10 +9,14 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from safetensors.numpy import load as load_arrays
+
+from titans_runtime.backends import DTYPES, Arrays
 from titans_runtime.errors import BundleError
 from titans_runtime.files import write_atomically
 from titans_runtime.json_reader import MAX_BYTES, parse_object
-from titans_runtime.manifest import FileEntry, GraphSpec, Manifest, StateSpec, TensorSpec
+from titans_runtime.manifest import INITIAL_NAME, FileEntry, GraphSpec, Manifest, StateSpec, TensorSpec
 
 MANIFEST_NAME = "titans.json"
 WEIGHTS_NAME = "weights.bin"
@@ -44,6 +48,37 @@ class Bundle:
                 f"{entry.sha256[:12]}…; the file was altered, export or copy the bundle again"
             )
         return data
+
+
+def initial_state(bundle: Bundle) -> Arrays:
+    """The state before the first token, one row of it; read, never written.
+
+    Raises:
+        BundleError: the file of learned memories is damaged, or does not fit the manifest.
+    """
+    learned = _learned(bundle) if INITIAL_NAME in bundle.manifest.files else {}
+    state: Arrays = {}
+    for entry in bundle.manifest.state:
+        shape, dtype = (1, *entry.row_shape), np.dtype(DTYPES[entry.dtype])
+        if not isinstance(entry.initial, str):
+            state[entry.name] = np.full(shape, entry.initial, dtype)
+            continue
+        array = learned.get(entry.name)
+        if array is None or array.shape != entry.row_shape or array.dtype != dtype:
+            expected = f"{dtype.name} {entry.row_shape}"
+            raise BundleError(f"{bundle.folder / INITIAL_NAME}: {entry.name} is missing, or not {expected}")
+        state[entry.name] = array[None]
+    return state
+
+
+def _learned(bundle: Bundle) -> Arrays:
+    try:
+        arrays: Arrays = load_arrays(bundle.read(INITIAL_NAME))
+    except BundleError:
+        raise
+    except Exception as error:  # noqa: BLE001 - safetensors raises a type of its own
+        raise BundleError(f"{bundle.folder / INITIAL_NAME}: damaged ({error})") from None
+    return arrays
 
 
 def open_bundle(folder: str | Path) -> Bundle:
@@ -151,6 +186,7 @@ def _read_regular(path: Path, size: int | None) -> bytes:
 
 __all__ = [
     "GOLDENS_NAME",
+    "INITIAL_NAME",
     "MANIFEST_NAME",
     "WEIGHTS_NAME",
     "Bundle",
@@ -160,6 +196,7 @@ __all__ = [
     "StateSpec",
     "TensorSpec",
     "file_entry",
+    "initial_state",
     "open_bundle",
     "write_manifest",
 ]

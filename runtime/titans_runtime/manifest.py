@@ -12,7 +12,8 @@ from titans_runtime.json_reader import canonical
 
 FORMAT_VERSION = 1
 DTYPES = ("float32", "float16", "int64")
-ROLES = ("memory", "momentum", "window")
+ROLES = ("memory", "momentum", "anchor", "window", "position")
+INITIAL_NAME = "initial.safetensors"
 _LARGEST = 3e38  # what float32 holds
 _MAX_AXIS = 2**31 - 1
 
@@ -37,12 +38,15 @@ class GraphSpec:
 
 @dataclass(frozen=True)
 class StateSpec:
-    """One tensor of the state. ``shape`` begins with ``"batch"``; ``initial`` fills it at the start."""
+    """One tensor of the state. ``shape`` begins with ``"batch"``.
+
+    ``initial`` fills it at the start: a number, or the name of the file that holds its row.
+    """
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
-    initial: float
+    initial: float | str
     role: str
 
     @property
@@ -178,6 +182,9 @@ def _check_consistency(manifest: Manifest) -> None:
     expected = {"input_ids", "edit", *(f"past.{name}" for name in names)}
     if {tensor.name for tensor in manifest.graphs["model"].inputs} != expected:
         raise BundleError("titans.json: the inputs of graph 'model' do not follow from the state schema")
+    learned = any(entry.initial == INITIAL_NAME for entry in manifest.state)
+    if learned and INITIAL_NAME not in manifest.files:
+        raise BundleError(f"titans.json: state begins as in {INITIAL_NAME!r}, which is not among the files")
     _check_widths(manifest)
     if manifest.tokenizer == "bytes" and manifest.vocab_size > 256:
         raise BundleError(f"titans.json: vocab_size is {manifest.vocab_size}; a tokenizer of bytes has 256")
@@ -347,13 +354,19 @@ def _state(value: object, where: str) -> StateSpec:
         name=fields.string("name"),
         dtype=fields.choice("dtype", DTYPES),
         shape=_shape(fields, where),
-        initial=fields.number("initial"),
+        initial=_initial(fields),
         role=fields.choice("role", ROLES),
     )
     fields.end()
     if not spec.shape or spec.shape[0] != "batch" or len(spec.row_shape) != len(spec.shape) - 1:
         raise BundleError(f"titans.json: {where}: shape must be 'batch' followed by sizes")
     return spec
+
+
+def _initial(fields: _Fields) -> float | str:
+    if isinstance(fields.optional("initial"), str):
+        return fields.choice("initial", (INITIAL_NAME,))
+    return fields.number("initial")
 
 
 def _shape(fields: _Fields, where: str) -> tuple[int | str, ...]:

@@ -14,7 +14,7 @@ import numpy as np
 from titans_runtime.backends import Array, Arrays, Call
 from titans_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from titans_runtime.buffers import StateBuffers
-from titans_runtime.bundle import Bundle, open_bundle
+from titans_runtime.bundle import Bundle, initial_state, open_bundle
 from titans_runtime.editor import Editor, EditReport
 from titans_runtime.errors import NumericsError, StateError, UsageError
 from titans_runtime.manifest import Manifest
@@ -68,6 +68,7 @@ class Model:
         self.bundle = bundle
         self.backend = OnnxRuntimeBackend(bundle, providers, threads)
         self.graph = self.backend.graph("model")
+        self.initial = initial_state(bundle)
 
     @property
     def manifest(self) -> Manifest:
@@ -132,7 +133,7 @@ class Session:
         self.position = 0
         self.last_edit: EditReport | None = None
         self._edit = np.array([edit], np.float32).reshape(1, -1)
-        self._buffers = StateBuffers(model.manifest)
+        self._buffers = StateBuffers(model.manifest, model.initial)
         self._last_logits: Array | None = None
         self._readout = self._open_editor(editor)
         # Without an editor of its own, `observe` leaves its last position here: (next position, arrays).

@@ -11,7 +11,7 @@ from safetensors.numpy import load as load_arrays
 
 from titans_runtime.backends import DTYPES, Array, Arrays, Backend
 from titans_runtime.backends.onnxruntime import OnnxRuntimeBackend
-from titans_runtime.bundle import GOLDENS_NAME, Bundle, open_bundle
+from titans_runtime.bundle import GOLDENS_NAME, Bundle, initial_state, open_bundle
 from titans_runtime.errors import BundleError, CheckFailed, TitansError, UsageError
 from titans_runtime.manifest import GraphSpec, TensorSpec
 
@@ -145,6 +145,7 @@ def _replay(bundle: Bundle, backend: Backend) -> Iterator[tuple[str, Array, Arra
         raise
     except Exception as error:  # noqa: BLE001 - safetensors raises a type of its own
         raise BundleError(f"{bundle.folder / GOLDENS_NAME}: damaged ({error})") from None
+    initial = {f"past.{name}": array for name, array in initial_state(bundle).items()}
     graphs = sorted({_case_and_graph(name) for name in goldens})
     for case, graph in graphs:
         spec = bundle.manifest.graphs[graph]
@@ -153,7 +154,7 @@ def _replay(bundle: Bundle, backend: Backend) -> Iterator[tuple[str, Array, Arra
         while f"{case}.{graph}.{call}.input.input_ids" in goldens:
             prefix = f"{case}.{graph}.{call}."
             inputs = _part(goldens, f"{prefix}input.")
-            outputs = _run(bundle, backend, spec, graph, inputs, carried)
+            outputs = _run(backend, spec, graph, inputs, carried, initial)
             for name, expected in _part(goldens, f"{prefix}output.").items():
                 yield prefix + name, outputs[name], expected
             carried |= {name: array for name, array in inputs.items() if name.startswith("past.")}
@@ -176,15 +177,17 @@ def _part(arrays: Arrays, prefix: str) -> Arrays:
 
 
 def _run(
-    bundle: Bundle, backend: Backend, spec: GraphSpec, graph: str, given: Arrays, carried: Arrays
+    backend: Backend, spec: GraphSpec, graph: str, given: Arrays, carried: Arrays, initial: Arrays
 ) -> Arrays:
     batch, tokens = given["input_ids"].shape
     axes = {"batch": batch, "tokens": tokens}
-    initial = {f"past.{entry.name}": entry.initial for entry in bundle.manifest.state}
 
     def buffer(tensor: TensorSpec) -> Array:
         shape = tuple(axes[axis] if isinstance(axis, str) else axis for axis in tensor.shape)
-        return np.full(shape, initial.get(tensor.name, 0), DTYPES[tensor.dtype])
+        array: Array = np.zeros(shape, DTYPES[tensor.dtype])
+        if tensor.name in initial:
+            array[:] = initial[tensor.name]
+        return array
 
     inputs = {}
     for tensor in spec.inputs:

@@ -12,7 +12,7 @@ from titans_runtime.buffers import StateBuffers
 
 @pytest.fixture
 def buffers(model: tr.Model) -> StateBuffers:
-    return StateBuffers(model.manifest)
+    return StateBuffers(model.manifest, model.initial)
 
 
 def _fill(arrays: dict[str, Array], value: int) -> None:

@@ -22,7 +22,7 @@ from titans_converters.onnx.function import OPSET
 from titans_converters.onnx.trace import memory_node, to_proto, trace
 from titans_converters.program import Program
 from titans_export.config import PRESETS
-from titans_export.model import TitansModel, initial_state
+from titans_export.model import Rules, TitansModel, initial_state
 from titans_export.programs import model_program, readout_gradient_program
 from titans_export.training.checkpoint import load_checkpoint
 from titans_runtime.bundle import WEIGHTS_NAME
@@ -37,7 +37,7 @@ def model(tiny_checkpoint: Path) -> TitansModel:
 
 @pytest.fixture(scope="module")
 def program(model: TitansModel) -> Program:
-    return model_program(model, memory_node)
+    return model_program(model, Rules(exact=memory_node))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from tests.titans_export.memory_inputs import relative_error
 from titans_export.config import PRESETS, ModelConfig
 from titans_export.memory import MemoryOutput, token_loop
 from titans_export.memory.readout import readout_gradient
-from titans_export.model import State, TitansModel, initial_state, state_schema
+from titans_export.model import Rules, State, TitansModel, initial_state, state_schema
 from titans_runtime.errors import DataError, UsageError
 
 CONFIG = PRESETS["tiny"]
@@ -78,7 +78,7 @@ def test_batch_rows_are_independent(model: TitansModel) -> None:
 
 @torch.no_grad()
 def test_every_memory_rule_gives_the_same_logits(model: TitansModel) -> None:
-    slow = TitansModel(CONFIG, _token_loop_rule).double()
+    slow = TitansModel(CONFIG, Rules(_token_loop_rule)).double()
     slow.load_state_dict(model.state_dict())
     single = TitansModel(CONFIG)
     single.load_state_dict(model.state_dict())
@@ -132,7 +132,7 @@ def test_readout_key_tells_contexts_apart(model: TitansModel) -> None:
 def test_state_schema_is_the_initial_state() -> None:
     state = initial_state(CONFIG, 3)
     assert {name: (tuple(t.shape[1:]), t.dtype) for name, t in state.items()} == {
-        name: tuple(entry) for name, entry in state_schema(CONFIG).items()
+        name: (entry.shape, entry.dtype) for name, entry in state_schema(CONFIG).items()
     }
 
 

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 from titans_converters.onnx import function as function_module
 from titans_converters.onnx.trace import memory_node, trace
 from titans_export import pipeline
-from titans_export.model import TitansModel
+from titans_export.model import Rules, TitansModel
 from titans_export.pipeline import export_bundle, read_editing
 from titans_export.programs import model_program, readout_gradient_program
 from titans_export.training.checkpoint import load_checkpoint
@@ -171,14 +171,14 @@ def test_wrong_export_leaves_the_older_bundle(
 @pytest.fixture(scope="module")
 def _traced(tiny_checkpoint: Path) -> dict[str, ir.Model]:
     model = load_checkpoint(tiny_checkpoint)
-    programs = [model_program(model, memory_node), readout_gradient_program(model.config)]
+    programs = [model_program(model, Rules(exact=memory_node)), readout_gradient_program(model.config)]
     return {program.name: trace(program) for program in programs}
 
 
 @pytest.fixture
 def fast_trace(_traced: dict[str, ir.Model], monkeypatch: pytest.MonkeyPatch) -> None:
     """Trace once for all tests that are about something else."""
-    monkeypatch.setattr(pipeline, "trace", lambda program: _traced[program.name])
+    monkeypatch.setattr(pipeline, "trace", lambda program, _: _traced[program.name])
 
 
 # --- where it may write

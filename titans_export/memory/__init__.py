@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from titans_export.memory.linear import tile_form
-from titans_export.memory.reference import MemoryOutput, token_loop
+from titans_export.memory.output import MemoryOutput
+from titans_export.memory.reference import token_loop
+
+MemoryRule = Callable[..., MemoryOutput]
+"""Anything with the contract of :func:`neural_memory`."""
 
 
 def neural_memory(
@@ -47,4 +53,4 @@ def neural_memory(
     return tile_form(query, key, value, *gates, *past, tile)
 
 
-__all__ = ["MemoryOutput", "neural_memory", "token_loop"]
+__all__ = ["MemoryOutput", "MemoryRule", "neural_memory", "token_loop"]

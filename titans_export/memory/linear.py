@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from titans_export.memory.reference import MemoryOutput
+from titans_export.memory.output import MemoryOutput
 
 
 def tile_form(

@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-MemoryOutput = tuple[Tensor, Tensor, Tensor]
+from titans_export.memory.deep import PeriodicMemory, pack, unpack
+from titans_export.memory.mlp import between
+from titans_export.memory.mlp import read as read_memory
+from titans_export.memory.output import MemoryOutput
+from titans_export.memory.tiles import MemoryForm, MemoryState
+from titans_export.recurrence import Core, Tensors
 
 
 def token_loop(
@@ -45,3 +50,56 @@ def token_loop(
 def read(memory: Tensor, key: Tensor) -> Tensor:
     """``Mᵀ k`` for every batch row and head: ``(B, H, Dk, Dv), (B, H, Dk) → (B, H, Dv)``."""
     return torch.einsum("bhkv,bhk->bhv", memory, key)
+
+
+def reference_recurrence(
+    core: Core, position: Tensor, tokens: Tensors, carry: Tensors, shared: Tensors
+) -> tuple[Tensor, Tensors]:
+    """The contract of :func:`titans_export.recurrence.run_core`, one token after the other.
+
+    A memory with a gradient period takes its gradients from autograd; other cores take their one-token
+    form, which has no tiles.
+    """
+    outputs = []
+    for t in range(tokens[0].shape[2]):
+        token = tuple(x[:, :, t : t + 1] for x in tokens)
+        if isinstance(core, PeriodicMemory):
+            y, carry = _periodic_token(core.form, position + t, token, carry, shared)
+        else:
+            y, carry = core.one(token, (position + t) % core.tile, carry, shared)
+        outputs.append(y)
+    return torch.cat(outputs, dim=2), carry
+
+
+def _periodic_token(
+    form: MemoryForm, position: Tensor, token: Tensors, carry: Tensors, shared: Tensors
+) -> tuple[Tensor, Tensors]:
+    """Sections 3 and 4 of ``docs/mathematics.md`` as they stand there, the gradient by autograd::
+
+    ∇   = ∂/∂M ½‖f_M(k_t) - v_t‖²   at  λ M_b + (1 - λ) M_ref,  M_b as the period began
+    S_t = η_t S_{t-1} - θ_t ∇
+    M_t = a_t M_{t-1} + S_t
+    y_t = f_{M_t}(q_t)
+    """
+    query, key, value, log_retention, step, *log_momentum = token
+    edit, *reference = shared
+    state = unpack(form, carry)
+    begins = (position % form.period == 0)[:, None, None, None]
+    anchor = (
+        state.memory
+        if form.period == 1
+        else tuple(torch.where(begins, m, old) for m, old in zip(state.memory, state.anchor, strict=True))
+    )
+    points = between(tuple(reference), anchor, edit)
+    with torch.enable_grad():
+        variables = [point.detach().requires_grad_() for point in points]
+        loss = 0.5 * (read_memory(tuple(variables), key, form.depth) - value).square().sum()
+        gradients = torch.autograd.grad(loss, variables)
+    retention, rate = log_retention[..., None].exp(), step[..., None]
+    writes = tuple(-rate * gradient for gradient in gradients)
+    if log_momentum:
+        decay = log_momentum[0][..., None].exp()
+        writes = tuple(decay * s + write for s, write in zip(state.momentum, writes, strict=True))
+    memory = tuple(retention * m + write for m, write in zip(state.memory, writes, strict=True))
+    present = MemoryState(memory, writes if form.momentum else (), anchor if form.period > 1 else ())
+    return read_memory(memory, query, form.depth), pack(present)

@@ -51,6 +51,20 @@ def load_checkpoint(folder: Path) -> TitansModel:
     return model.eval()
 
 
+@torch.no_grad()
+def round_to_half(model: TitansModel) -> None:
+    """Round every matrix of the weights to what float16 can hold; vectors keep their precision.
+
+    Raises:
+        DataError: a weight is too large for float16.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            parameter.copy_(parameter.half())
+            if not torch.isfinite(parameter).all():
+                raise DataError(f"{name}: a weight is larger than float16 holds; export float32 weights")
+
+
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Read a safetensors file.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from titans_export.model import TitansModel, initial_state
+from titans_export.model import TitansModel
 from titans_export.training.data import Source
 
 _SEGMENT = 1024
@@ -39,7 +39,7 @@ def bits_per_byte(
     """
     texts = sorted((source.data[:limit] for source in sources if len(source.data) > 1), key=len, reverse=True)
     ids, lengths = _padded(texts)
-    state = initial_state(model.config, len(ids))
+    state = model.initial_state(len(ids))
     strength = torch.full((len(ids), model.config.layers), edit)
     nats = 0.0
     for start in progress(range(0, ids.shape[1] - 1, _SEGMENT)):

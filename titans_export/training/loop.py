@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from titans_export.config import ModelConfig
 from titans_export.memory import MemoryOutput, neural_memory
-from titans_export.model import State, TitansModel, initial_state
+from titans_export.model import Rules, State, TitansModel
+from titans_export.recurrence import Core, Tensors, run_core
 from titans_export.training.checkpoint import read_tensors, save_checkpoint, write_json
 from titans_export.training.data import Corpus, SegmentStream, Source
 from titans_export.training.evaluate import bits_per_byte
@@ -92,7 +93,7 @@ def train(
         The trained model.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    trainer = _Trainer(model_config, config, corpus)
+    trainer = Trainer(model_config, config, corpus)
     trainer.resume(folder / PROGRESS_FILE)
     for step in progress(range(trainer.step, config.steps)):
         trainer.advance(step)
@@ -108,13 +109,14 @@ def train(
     return model
 
 
-class _Trainer:
+class Trainer:
     """Weights, optimizers and carried state between two steps."""
 
     def __init__(self, model_config: ModelConfig, config: TrainingConfig, corpus: Corpus) -> None:
+        """Begin at step 0 with weights drawn from ``config.seed``."""
         torch.manual_seed(config.seed)
         self.config, self.corpus = config, corpus
-        self.model = TitansModel(model_config, _float32_rule)
+        self.model = TitansModel(model_config, Rules(_float32_rule, _float32_recurrence))
         self.stream = SegmentStream(corpus.train, config.batch, config.segment, config.seed)
         self.optimizers = _optimizers(self.model, config)
         self.edit = torch.full((config.batch, model_config.layers), config.edit)
@@ -196,14 +198,18 @@ class _Trainer:
         }
 
     def _zero_state(self) -> State:
-        state = initial_state(self.model.config, self.config.batch)
-        return {name: tensor for name, tensor in state.items() if name.startswith("layers.")}
+        return {name: tensor.detach().clone() for name, tensor in self._initial_state().items()}
+
+    def _initial_state(self) -> State:
+        state = self.model.initial_state(self.config.batch)
+        return {name: tensor for name, tensor in state.items() if name not in ("context", "readout")}
 
     def _reset_some_rows(self, step: int) -> None:
         draw = np.random.default_rng([self.config.seed, 1, step]).random(self.config.batch)
         keep = torch.from_numpy(draw >= _RESET_CHANCE)
+        fresh = self._initial_state()  # not detached: this is where learned memories learn
         self.state = {
-            name: torch.where(keep.view(-1, *[1] * (tensor.dim() - 1)), tensor, 0.0)
+            name: torch.where(keep.view(-1, *[1] * (tensor.dim() - 1)), tensor, fresh[name])
             for name, tensor in self.state.items()
         }
 
@@ -219,6 +225,15 @@ def _float32_rule(*inputs: Tensor, tile: int) -> MemoryOutput:
     with torch.autocast("cpu", enabled=False):
         q, k, v, log_a, log_eta, step, edit, memory, momentum = (tensor.float() for tensor in inputs)
         return neural_memory(q, k, v, log_a, log_eta, step, edit, memory, momentum, tile=tile)
+
+
+def _float32_recurrence(
+    core: Core, position: Tensor, tokens: Tensors, carry: Tensors, shared: Tensors
+) -> tuple[Tensor, Tensors]:
+    """Likewise."""
+    with torch.autocast("cpu", enabled=False):
+        tokens, carry, shared = (tuple(x.float() for x in part) for part in (tokens, carry, shared))
+        return run_core(core, position, tokens, carry, shared)
 
 
 def _optimizers(model: TitansModel, config: TrainingConfig) -> list[torch.optim.Optimizer]:
@@ -241,7 +256,7 @@ def _optimizers(model: TitansModel, config: TrainingConfig) -> list[torch.optim.
     ]
 
 
-def _summary(trainer: _Trainer, corpus: Corpus, command: str) -> dict[str, Any]:
+def _summary(trainer: Trainer, corpus: Corpus, command: str) -> dict[str, Any]:
     config = trainer.config
 
     def names(sources: list[Source]) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from titans_export.model import TitansModel, initial_state
+from titans_export.model import TitansModel
 from titans_export.training.data import SegmentStream, Source
 
 _BATCH, _SEGMENT, _STEPS = 8, 1024, 32  # 262,144 positions: 1,000 for each feature of `nano`
@@ -20,7 +20,7 @@ def measure_whitening(model: TitansModel, sources: Sequence[Source], edit: float
     total = sum(len(source.data) for source in sources)
     segment = min(_SEGMENT, max(1, total // _BATCH - 1))
     stream = SegmentStream(sources, _BATCH, segment, seed)
-    state = initial_state(model.config, _BATCH)
+    state = model.initial_state(_BATCH)
     strength = torch.full((_BATCH, model.config.layers), edit)
     count, mean = 0, torch.zeros(model.config.d_model, dtype=torch.float64)
     square = torch.zeros(model.config.d_model, model.config.d_model, dtype=torch.float64)

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -16,16 +17,26 @@ _INLINE_BYTES = 1024  # smaller tensors are scalars and shapes, which graph opti
 _ALIGNMENT = 4096  # a page: lets a runtime map the file
 
 
-def write_models(models: Mapping[str, ir.Model], folder: Path) -> list[str]:
+def write_models(models: Mapping[str, ir.Model], folder: Path, weights_dtype: str = "float32") -> list[str]:
     """Write ``<name>.onnx`` for every model and one ``weights.bin`` for all of them.
 
     Equal tensors are stored once, whichever graphs they belong to.
+
+    Args:
+        models: by graph name.
+        folder: where to write.
+        weights_dtype: ``float16`` stores every matrix whose values float16 holds exactly as such, behind
+            a cast to float32 that a runtime folds when it loads the graph; ``float32`` stores as is.
 
     Returns:
         Names of the files written.
     """
     weights = _Weights()
-    protos = {f"{name}.onnx": _externalise(model, weights) for name, model in models.items()}
+    protos = {f"{name}.onnx": ir.to_proto(model) for name, model in models.items()}
+    for proto in protos.values():
+        if weights_dtype == "float16":
+            _store_halves(proto.graph)
+        _externalise(proto, weights)
     write_atomically(folder / WEIGHTS_NAME, bytes(weights.content))
     for file, proto in protos.items():
         write_atomically(folder / file, proto.SerializeToString(deterministic=True))
@@ -49,8 +60,25 @@ class _Weights:
         return self._offsets[digest]
 
 
-def _externalise(model: ir.Model, weights: _Weights) -> onnx.ModelProto:
-    proto: onnx.ModelProto = ir.to_proto(model)
+def _store_halves(graph: onnx.GraphProto) -> None:
+    """Replace matrices by their halves and a cast, where no digit is lost."""
+    casts = []
+    for initializer in graph.initializer:
+        if initializer.data_type != onnx.TensorProto.FLOAT or len(initializer.dims) < 2:
+            continue
+        array = onnx.numpy_helper.to_array(initializer)
+        half = array.astype(np.float16)
+        if array.nbytes < _INLINE_BYTES or not np.array_equal(half.astype(np.float32), array):
+            continue
+        name = initializer.name
+        initializer.CopyFrom(onnx.numpy_helper.from_array(half, f"{name}.half"))
+        casts.append(onnx.helper.make_node("Cast", [f"{name}.half"], [name], to=onnx.TensorProto.FLOAT))
+    nodes = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _externalise(proto: onnx.ModelProto, weights: _Weights) -> None:
     for initializer in proto.graph.initializer:
         data = onnx.numpy_helper.to_array(initializer).tobytes()
         if len(data) < _INLINE_BYTES:
@@ -62,4 +90,3 @@ def _externalise(model: ir.Model, weights: _Weights) -> onnx.ModelProto:
         initializer.data_location = onnx.TensorProto.EXTERNAL
         for key, value in (("location", WEIGHTS_NAME), ("offset", str(offset)), ("length", str(len(data)))):
             initializer.external_data.add(key=key, value=value)
-    return proto

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import onnx
 import onnx_ir as ir
@@ -14,7 +15,23 @@ from torch import Tensor
 
 from titans_converters import memory_op
 from titans_converters.onnx.function import OPSET, neural_memory_function
-from titans_converters.program import Program
+from titans_converters.program import Program, RecurrenceProgram
+
+Tensors = tuple[Tensor, ...]
+
+
+class Recurrent(Protocol):
+    """What a node says of its recurrence."""
+
+    @property
+    def name(self) -> str:
+        """Of the operator."""
+        ...
+
+    @property
+    def tile(self) -> int:
+        """Tokens of a tile."""
+        ...
 
 
 def memory_node(
@@ -52,12 +69,55 @@ def memory_node(
     return output, memory, momentum
 
 
-def trace(program: Program) -> ir.Model:
-    """Trace ``program`` with free axes, name its tensors, and give its memory nodes their body.
+def recurrence_node(
+    core: Recurrent, position: Tensor, tokens: Tensors, carry: Tensors, shared: Tensors
+) -> tuple[Tensor, Tensors]:
+    """Stands for a recurrence while a model is traced: leaves one ``titans::<name>`` node."""
+    output, *present = torch.onnx.ops.symbolic_multi_out(
+        f"{memory_op.DOMAIN}::{core.name}",
+        (position, *tokens, *carry, *shared),
+        memory_op.node_attributes(core.tile),
+        dtypes=(tokens[0].dtype, *(tensor.dtype for tensor in carry)),
+        shapes=(tokens[0].shape, *(tensor.shape for tensor in carry)),
+        version=memory_op.VERSION,
+    )
+    return output, tuple(present)
+
+
+def trace(program: Program, recurrences: Sequence[RecurrenceProgram] = ()) -> ir.Model:
+    """Trace ``program`` with free axes, name its tensors, and give its memory nodes their bodies.
+
+    Args:
+        program: what to trace.
+        recurrences: what its other nodes of ours stand for.
 
     Raises:
         ValueError: a free axis was fixed by the module's code; the message names the output.
     """
+    from titans_converters.onnx.recurrence import recurrence_function
+
+    model = _export(program)
+    model.graph.name = program.name
+    _forget_tracing(model)
+    _state_axes(model, program)
+    _add_memory_function(model)
+    used = {node.op_type for node in model.graph if node.domain == memory_op.DOMAIN}
+    for recurrence in recurrences:
+        if recurrence.name in used:
+            function = recurrence_function(recurrence)
+            model.functions[function.identifier()] = function
+            model.opset_imports[memory_op.DOMAIN] = memory_op.VERSION
+    return model
+
+
+def trace_graph(program: Program) -> ir.Graph:
+    """The graph of a part, without the tracer's notes."""
+    model = _export(program)
+    _forget_tracing(model)
+    return model.graph
+
+
+def _export(program: Program) -> ir.Model:
     axes = {
         name: torch.export.Dim(name, min=1)
         for shape in program.input_axes.values()
@@ -82,12 +142,7 @@ def trace(program: Program) -> ir.Model:
         )
     if exported is None:
         raise ValueError(f"program {program.name}: torch.onnx.export returned nothing")
-    model = exported.model
-    model.graph.name = program.name
-    _forget_tracing(model)
-    _state_axes(model, program)
-    _add_memory_function(model)
-    return model
+    return exported.model
 
 
 def to_proto(model: ir.Model) -> onnx.ModelProto:
@@ -127,7 +182,9 @@ def _forget_tracing(model: ir.Model) -> None:
 
 
 def _add_memory_function(model: ir.Model) -> None:
-    nodes = [node for node in model.graph if node.domain == memory_op.DOMAIN]
+    nodes = [
+        node for node in model.graph if (node.domain, node.op_type) == (memory_op.DOMAIN, memory_op.NAME)
+    ]
     tiles = {node.attributes["tile"].as_int() for node in nodes}
     if len(tiles) > 1:
         raise ValueError(f"memory nodes with different tiles {sorted(tiles)}; one body serves them all")

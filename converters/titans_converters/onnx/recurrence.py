@@ -1,0 +1,153 @@
+"""Recurrences as model-local ONNX functions, put together from traced parts.
+
+The body is ``If (one token) {one} else {tiles, Scan over step, rows}``. Each part is traced from
+PyTorch by itself, so that what runs in a graph is what runs in training, and only the loop is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import onnx_ir as ir
+
+from titans_converters import memory_op
+from titans_converters.onnx.function import OPSET
+from titans_converters.onnx.trace import trace_graph
+from titans_converters.program import Program, RecurrenceProgram
+
+
+def recurrence_function(recurrence: RecurrenceProgram) -> ir.Function:
+    """The operator's body for any batch and any number of tokens."""
+    inputs = {name: _like_example(name, recurrence.one) for name in recurrence.one.inputs}
+    query = inputs[recurrence.tokens[0]]
+    shape, axis = _node("Shape", [query], start=2, end=3), _constant("unit", [1])
+    single = _node("Equal", [shape.outputs[0], axis.outputs[0]])
+    scalar = _node("Squeeze", [single.outputs[0]])
+    branches = {"then_branch": _one_token(recurrence, inputs), "else_branch": _tiles(recurrence, inputs)}
+    choice = ir.Node(
+        "",
+        "If",
+        [scalar.outputs[0]],
+        [ir.AttrGraph(name, graph) for name, graph in branches.items()],
+        num_outputs=len(recurrence.one.output_axes),
+    )
+    for value, name in zip(choice.outputs, recurrence.one.output_axes, strict=True):
+        value.name = name
+    for node, name in ((shape, "tokens"), (single, "is_single_1"), (scalar, "is_single")):
+        node.outputs[0].name = name
+    graph = ir.Graph(
+        list(inputs.values()),
+        list(choice.outputs),
+        nodes=[shape, axis, single, scalar, choice],
+        opset_imports={"": OPSET},
+        name=recurrence.name,
+    )
+    # Declared, like those of the other operator, for readers of the graph; the body is built for them.
+    attributes = [ir.Attr(name, ir.AttributeType.UNDEFINED, None) for name in memory_op.ATTRIBUTES]
+    return ir.Function(memory_op.DOMAIN, recurrence.name, graph=graph, attributes=attributes)
+
+
+def _one_token(recurrence: RecurrenceProgram, inputs: Mapping[str, ir.Value]) -> ir.Graph:
+    nodes, outputs = _splice(recurrence.one, "one.", inputs)
+    return ir.Graph([], list(outputs.values()), nodes=nodes, name="one_token")
+
+
+def _tiles(recurrence: RecurrenceProgram, inputs: Mapping[str, ir.Value]) -> ir.Graph:
+    cut_nodes, tiles = _splice(recurrence.tiles, "cut.", inputs)
+    step, carried = recurrence.step, recurrence.carry
+    body_inputs = {name: _like_example(f"step.{name}", step, name) for name in (*carried, *tiles)}
+    nodes, outputs = _splice(step, "step.", {**inputs, **body_inputs})
+    states = [name for name in outputs if name != recurrence.output]
+    body = ir.Graph(
+        list(body_inputs.values()),
+        [*(outputs[name] for name in states), outputs[recurrence.output]],
+        nodes=nodes,
+        name="tile",
+    )
+    scan = ir.Node(
+        "",
+        "Scan",
+        [*(inputs[name] for name in carried), *tiles.values()],
+        [ir.AttrGraph("body", body), ir.AttrInt64("num_scan_inputs", len(tiles))],
+        num_outputs=len(states) + 1,
+    )
+    for value, name in zip(scan.outputs, (*states, recurrence.output), strict=True):
+        value.name = f"tiles.{name}"
+    last = dict(zip(states, scan.outputs[:-1], strict=True))
+    row_nodes, rows = _splice(recurrence.rows, "rows.", {**inputs, "tiles": scan.outputs[-1]})
+    for name, value in last.items():
+        _set_type(value, step, name)
+    return ir.Graph(
+        [],
+        [rows[recurrence.output], *last.values()],
+        nodes=[*cut_nodes, scan, *row_nodes],
+        name="tiles",
+    )
+
+
+def _splice(
+    program: Program, prefix: str, bindings: Mapping[str, ir.Value]
+) -> tuple[list[ir.Node], dict[str, ir.Value]]:
+    """The nodes of a traced program, reading ``bindings`` in place of its inputs; and its outputs.
+
+    Names get ``prefix``: in a graph within a graph none may occur twice. Initializers become constants,
+    since a function has none.
+    """
+    graph = trace_graph(program)
+    nodes: list[ir.Node] = []
+    for name, value in list(graph.initializers.items()):
+        constant = ir.Node("", "Constant", [], [ir.AttrTensor("value", _tensor(name, value))])
+        constant.outputs[0].name = name
+        ir.convenience.replace_all_uses_with(value, constant.outputs[0])
+        nodes.append(constant)
+    for value in graph.inputs:
+        ir.convenience.replace_all_uses_with(value, bindings[str(value.name)])
+    traced = list(graph)
+    ends = [bindings[str(value.name)] if value in graph.inputs else value for value in graph.outputs]
+    graph.remove(traced)
+    nodes += traced
+    outputs = {}
+    for name, end in zip(program.output_axes, ends, strict=True):
+        # An output of its own, even where the program hands an input through or one value out twice.
+        identity = _node("Identity", [end])
+        identity.outputs[0].name = f"out.{name}"
+        _set_type(identity.outputs[0], program, name)
+        nodes.append(identity)
+        outputs[name] = identity.outputs[0]
+    for node in nodes:
+        node.name = None
+        for value in node.outputs:
+            value.name = prefix + str(value.name)
+    return nodes, outputs
+
+
+def _tensor(name: str, value: ir.Value) -> ir.TensorProtocol:
+    if value.const_value is None:
+        raise ValueError(f"initializer {name} has no value")
+    return value.const_value
+
+
+def _like_example(name: str, program: Program, of: str | None = None) -> ir.Value:
+    """A value of the dtype and rank of a program's input."""
+    value = ir.Value(name=name)
+    _set_type(value, program, of or name)
+    return value
+
+
+def _set_type(value: ir.Value, program: Program, name: str) -> None:
+    """Dtype and rank; sizes are left open."""
+    axes = (program.input_axes | program.output_axes)[name]
+    dtype = str(program.dtype(name)).removeprefix("torch.")
+    names = {"float32": ir.DataType.FLOAT, "int64": ir.DataType.INT64, "bool": ir.DataType.BOOL}
+    value.type = ir.TensorType(names[dtype])
+    value.shape = ir.Shape([None] * len(axes))
+
+
+def _node(op_type: str, inputs: Sequence[ir.Value], **attributes: int) -> ir.Node:
+    return ir.Node("", op_type, inputs, [ir.AttrInt64(name, value) for name, value in attributes.items()])
+
+
+def _constant(name: str, values: Sequence[int]) -> ir.Node:
+    node = ir.Node("", "Constant", [], [ir.AttrInt64s("value_ints", values)])
+    node.outputs[0].name = name
+    return node

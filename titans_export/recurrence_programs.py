@@ -1,0 +1,157 @@
+"""A model's recurrences as programs: what stands between the loops of an exported graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from titans_converters.program import Axes, Program, RecurrenceProgram
+from titans_export.memory_layer import Rules
+from titans_export.model import TitansModel
+from titans_export.recurrence import Core, Tensors, align, from_tiles, into_tiles, run_core
+
+# Example sizes for tracing: unlike each other and unlike any fixed size of a sensible model.
+_BATCH, _TOKENS, _TILES = 11, 37, 13
+
+
+def recurrence_programs(model: TitansModel) -> list[RecurrenceProgram]:
+    """One for each kind of recurrence in the model; all its layers share it."""
+    found: dict[str, tuple[Core, Tensors, Tensors, Tensors]] = {}
+
+    def watch(
+        core: Core, position: Tensor, tokens: Tensors, carry: Tensors, shared: Tensors
+    ) -> tuple[Tensor, Tensors]:
+        found[core.name] = (core, tokens, carry, shared)
+        return run_core(core, position, tokens, carry, shared)
+
+    copy = TitansModel(model.config, Rules(recurrence=watch)).eval()
+    with torch.no_grad():
+        copy.features(
+            torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, model.config.layers), copy.initial_state(1)
+        )
+    return [_Parts(*one).program() for one in found.values()]
+
+
+class _Parts:
+    """The programs of one recurrence, from examples of what it is given."""
+
+    def __init__(self, core: Core, tokens: Tensors, carry: Tensors, shared: Tensors) -> None:
+        self.core = core
+        self.tokens = {
+            f"token_{i}": ("batch", x.shape[1], "tokens", *x.shape[3:]) for i, x in enumerate(tokens)
+        }
+        self.carry = {f"past_{i}": ("batch", *x.shape[1:]) for i, x in enumerate(carry)}
+        _, *weights = shared
+        self.shared: dict[str, Axes] = {"edit": ("batch",)}
+        self.shared |= {f"weight_{i}": tuple(x.shape) for i, x in enumerate(weights)}
+        self.present = {f"present_{i}": axes for i, axes in enumerate(self.carry.values())}
+        self.output: Axes = self.tokens["token_0"]
+
+    def program(self) -> RecurrenceProgram:
+        return RecurrenceProgram(
+            name=self.core.name,
+            tile=self.core.tile,
+            tokens=tuple(self.tokens),
+            carry=tuple(self.carry),
+            output="output",
+            one=self._one(),
+            tiles=self._tiles(),
+            step=self._step(),
+            rows=self._rows(),
+        )
+
+    def _one(self) -> Program:
+        def one(*inputs: Tensor) -> Tensors:
+            position, tokens, carry, shared = self._unpack(inputs)
+            output, present = self.core.one(tokens, position % self.core.tile, carry, shared)
+            return output, *present
+
+        tokens = {name: _with(axes, tokens=1) for name, axes in self.tokens.items()}
+        return self._program("one", one, tokens, {"output": _with(self.output, tokens=1)} | self.present)
+
+    def _tiles(self) -> Program:
+        def tiles(*inputs: Tensor) -> Tensors:
+            position, tokens, _, _ = self._unpack(inputs)
+            cut = align(position, tokens[0].shape[2], self.core.tile)
+            return *(into_tiles(x, cut) for x in tokens), cut.live
+
+        outputs: dict[str, Axes] = {name: ("tiles", *self._tile(axes)) for name, axes in self.tokens.items()}
+        outputs["live"] = ("tiles", "batch", self.core.tile)
+        return self._program("tiles", tiles, self.tokens, outputs, {"live": torch.bool})
+
+    def _step(self) -> Program:
+        def step(*inputs: Tensor) -> Tensors:
+            live, *rest = inputs
+            _, tokens, carry, shared = self._unpack((live, *rest))
+            output, present = self.core.step(tokens, live, carry, shared)
+            return output, *present
+
+        tokens = {name: self._tile(axes) for name, axes in self.tokens.items()}
+        outputs = {"output": self._tile(self.output)} | self.present
+        axes: dict[str, Axes] = {"live": ("batch", self.core.tile), **tokens, **self.carry, **self.shared}
+        return _program(f"{self.core.name}.step", step, axes, outputs)
+
+    def _rows(self) -> Program:
+        def rows(tiles: Tensor, position: Tensor, like: Tensor) -> Tensors:
+            return (from_tiles(tiles, align(position, like.shape[2], self.core.tile)),)
+
+        axes: dict[str, Axes] = {
+            "tiles": ("tiles", *self._tile(self.output)),
+            "position": ("batch",),
+            "token_0": self.tokens["token_0"],
+        }
+        return _program(f"{self.core.name}.rows", rows, axes, {"output": self.output})
+
+    def _tile(self, axes: Axes) -> Axes:
+        return _with(axes, tokens=self.core.tile)
+
+    def _unpack(self, inputs: Tensors) -> tuple[Tensor, Tensors, Tensors, Tensors]:
+        tokens, carry = 1 + len(self.tokens), 1 + len(self.tokens) + len(self.carry)
+        return inputs[0], inputs[1:tokens], inputs[tokens:carry], inputs[carry:]
+
+    def _program(
+        self,
+        name: str,
+        function: Callable[..., Tensors],
+        tokens: dict[str, Axes],
+        outputs: dict[str, Axes],
+        dtypes: dict[str, torch.dtype] | None = None,
+    ) -> Program:
+        axes: dict[str, Axes] = {"position": ("batch",), **tokens, **self.carry, **self.shared}
+        return _program(f"{self.core.name}.{name}", function, axes, outputs, dtypes)
+
+
+class _Function(nn.Module):
+    def __init__(self, function: Callable[..., Tensors]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: Tensor) -> Tensors:
+        return self.function(*inputs)
+
+
+_DTYPES = {"position": torch.int64, "live": torch.bool}
+
+
+def _program(
+    name: str,
+    function: Callable[..., Tensors],
+    axes: dict[str, Axes],
+    outputs: dict[str, Axes],
+    dtypes: dict[str, torch.dtype] | None = None,
+) -> Program:
+    inputs = {
+        key: torch.zeros(_sizes(shape), dtype=_DTYPES.get(key, torch.float32)) for key, shape in axes.items()
+    }
+    return Program(name, _Function(function), inputs, axes, outputs, dtypes or {})
+
+
+def _sizes(axes: Axes) -> list[int]:
+    free = {"batch": _BATCH, "tokens": _TOKENS, "tiles": _TILES}
+    return [free[axis] if isinstance(axis, str) else axis for axis in axes]
+
+
+def _with(axes: Axes, tokens: int) -> Axes:
+    return tuple(tokens if axis == "tokens" else axis for axis in axes)
