@@ -87,25 +87,25 @@ def window_attention(
     keys, values = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
     places = torch.arange(past + tokens, device=query.device)
     seen = places >= past - position[:, None]  # (B, S): whether there was a token at all
-    block = tokens if torch.compiler.is_exporting() else min(tokens, QUERY_BLOCK)
+    if torch.compiler.is_exporting():  # a graph has no loop over queries
+        blocks = [(0, tokens)]
+    else:
+        starts = range(0, tokens, QUERY_BLOCK)
+        blocks = [(start, min(start + QUERY_BLOCK, tokens)) for start in starts]
     outputs = []
-    for start in range(0, tokens, block):
-        part, window = (
-            slice(start, min(start + block, tokens)),
-            slice(start, past + min(start + block, tokens)),
-        )
-        own = past + part.start + torch.arange(part.stop - part.start, device=query.device)
-        distance = own[:, None] - places[window]
-        allowed = (distance >= 0) & (distance <= past) & seen[:, None, None, window]
-        turned = rotate(query[:, :, part], own), rotate(keys[:, :, window], places[window])
+    for start, stop in blocks:
+        own = places[past + start : past + stop]
+        window = places[start : past + stop]
+        distance = own[:, None] - window
+        allowed = (distance >= 0) & (distance <= past) & seen[:, None, None, start : past + stop]
         outputs.append(
             attend(
-                query[:, :, part],
-                turned[0],
+                query[:, :, start:stop],
+                rotate(query[:, :, start:stop], own),
                 persistent_key,
                 persistent_value,
-                turned[1],
-                values[:, :, window],
+                rotate(keys[:, :, start : past + stop], window),
+                values[:, :, start : past + stop],
                 allowed,
             )
         )

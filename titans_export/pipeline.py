@@ -16,6 +16,7 @@ from titans_converters.onnx.files import write_models
 from titans_converters.onnx.function import OPSET
 from titans_converters.onnx.trace import memory_node, recurrence_node, trace
 from titans_converters.program import Axes, Program
+from titans_export.config import ModelConfig
 from titans_export.goldens import make_goldens
 from titans_export.model import Rules, TitansModel, state_schema
 from titans_export.programs import model_program, readout_gradient_program, state_axes
@@ -133,7 +134,7 @@ def _manifest(
         tokenizer="bytes",
         vocab_size=config.vocab_size,
         edit_layers=config.layers,
-        graphs={program.name: _graph(program) for program in programs},
+        graphs={program.name: _graph(program, config) for program in programs},
         state=_state(model),
         tolerances={"atol": _TOLERANCE, "rtol": _TOLERANCE},
         recommended=editing,
@@ -141,25 +142,33 @@ def _manifest(
     )
 
 
-def _graph(program: Program) -> bundles.GraphSpec:
+def _graph(program: Program, config: ModelConfig) -> bundles.GraphSpec:
+    dtypes = {
+        f"{side}.{name}": dtype for name, dtype in _dtypes(config).items() for side in ("past", "present")
+    }
+    dtypes["input_ids"] = "int64"
+
     def tensors(axes: dict[str, Axes]) -> tuple[bundles.TensorSpec, ...]:
-        return tuple(bundles.TensorSpec(name, _dtype(name), shape) for name, shape in axes.items())
+        return tuple(
+            bundles.TensorSpec(name, dtypes.get(name, "float32"), shape) for name, shape in axes.items()
+        )
 
     return bundles.GraphSpec(
         f"{program.name}.onnx", tensors(program.input_axes), tensors(program.output_axes)
     )
 
 
-def _dtype(name: str) -> str:
-    return "int64" if name == "input_ids" or name.endswith((".position", ".context")) else "float32"
+def _dtypes(config: ModelConfig) -> dict[str, str]:
+    """Dtype of every state entry."""
+    return {name: str(entry.dtype).removeprefix("torch.") for name, entry in state_schema(config).items()}
 
 
 def _state(model: TitansModel) -> tuple[bundles.StateSpec, ...]:
-    axes, learned = state_axes(model.config), model.learned_state()
+    axes, learned, dtypes = state_axes(model.config), model.learned_state(), _dtypes(model.config)
     return tuple(
         bundles.StateSpec(
             name,
-            _dtype(f"past.{name}"),
+            dtypes[name],
             axes[name],
             bundles.INITIAL_NAME if name in learned else 0.0,
             entry.role,
