@@ -74,7 +74,7 @@ def reference_recurrence(
 def _periodic_token(
     form: MemoryForm, position: Tensor, token: Tensors, carry: Tensors, shared: Tensors
 ) -> tuple[Tensor, Tensors]:
-    """Sections 3 and 4 of ``docs/mathematics.md`` as they stand there, the gradient by autograd::
+    """Section 6 of ``docs/mathematics.md`` as it stands there, the gradient by autograd::
 
     ∇   = ∂/∂M ½‖f_M(k_t) - v_t‖²   at  λ M_b + (1 - λ) M_ref,  M_b as the period began
     S_t = η_t S_{t-1} - θ_t ∇
