@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 import titans_runtime as tr
 from tests.runtime.streams import change_manifest
-from titans_runtime.bundle import MANIFEST_NAME, file_entry, open_bundle
+from titans_runtime.bundle import (
+    INITIAL_NAME,
+    MANIFEST_NAME,
+    Bundle,
+    file_entry,
+    initial_state,
+    open_bundle,
+)
 
 FILES = ["weights.bin", "model.onnx", "gradient.readout.onnx", "goldens.safetensors"]
 
@@ -209,3 +219,50 @@ def test_an_entry_is_size_and_digest(tmp_path: Path) -> None:
     entry = file_entry(tmp_path / "file")
     assert entry.size == 3
     assert entry.sha256 == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+# --- memories that do not begin at zero
+
+
+def _with_learned_state(folder: Path, arrays: dict[str, np.ndarray]) -> Bundle:
+    """The bundle with the first state entry taken from a file of learned memories."""
+    bundle = open_bundle(folder)
+    save_file(arrays, folder / INITIAL_NAME)
+    first, *rest = bundle.manifest.state
+    manifest = dataclasses.replace(
+        bundle.manifest,
+        state=(dataclasses.replace(first, initial=INITIAL_NAME), *rest),
+        files=bundle.manifest.files | {INITIAL_NAME: file_entry(folder / INITIAL_NAME)},
+    )
+    return Bundle(folder, manifest)
+
+
+def test_a_learned_memory_begins_as_its_file_says(bundle_copy: Path) -> None:
+    entry = open_bundle(bundle_copy).manifest.state[0]
+    learned = np.arange(np.prod(entry.row_shape), dtype=np.float32).reshape(entry.row_shape)
+    state = initial_state(_with_learned_state(bundle_copy, {entry.name: learned}))
+    assert np.array_equal(state[entry.name], learned[None])
+    assert all(not array.any() for name, array in state.items() if name != entry.name)
+
+
+@pytest.mark.parametrize("fault", ["name", "shape", "dtype"])
+def test_learned_memories_that_do_not_fit_are_refused(bundle_copy: Path, fault: str) -> None:
+    entry = open_bundle(bundle_copy).manifest.state[0]
+    shape = (*entry.row_shape, 1) if fault == "shape" else entry.row_shape
+    array = np.zeros(shape, np.float64 if fault == "dtype" else np.float32)
+    bundle = _with_learned_state(bundle_copy, {"other" if fault == "name" else entry.name: array})
+    with pytest.raises(
+        tr.BundleError, match=rf"initial\.safetensors: {entry.name} is missing, or not float32"
+    ):
+        initial_state(bundle)
+
+
+def test_damaged_learned_memories_are_refused(bundle_copy: Path) -> None:
+    bundle = _with_learned_state(bundle_copy, {"x": np.zeros(3, np.float32)})
+    (bundle_copy / INITIAL_NAME).write_bytes(b"\xff" * bundle.manifest.files[INITIAL_NAME].size)
+    with pytest.raises(tr.BundleError, match="was altered"):
+        initial_state(bundle)
+    entry = {INITIAL_NAME: file_entry(bundle_copy / INITIAL_NAME)}
+    listed = dataclasses.replace(bundle.manifest, files=bundle.manifest.files | entry)
+    with pytest.raises(tr.BundleError, match=r"initial\.safetensors: damaged"):
+        initial_state(Bundle(bundle_copy, listed))
