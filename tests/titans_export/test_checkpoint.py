@@ -7,10 +7,30 @@ from pathlib import Path
 import pytest
 import torch
 
-from titans_export.config import PRESETS
-from titans_export.training.checkpoint import load_checkpoint, read_tensors, save_checkpoint
+from titans_export.config import PRESETS, overridden
+from titans_export.model import TitansModel
+from titans_export.training.checkpoint import load_checkpoint, read_tensors, round_to_half, save_checkpoint
 from titans_runtime import cli
 from titans_runtime.errors import DataError
+
+
+def test_halves_are_rounded_once_and_memories_never() -> None:
+    config = overridden(PRESETS["tiny"], ["learned_memory=true", "memory_depth=1", "architecture=mac"])
+    model = TitansModel(config)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    round_to_half(model)
+    for name, tensor in model.state_dict().items():
+        rounded = tensor.dim() == 2 and not name.startswith("readout_key.")
+        assert torch.equal(tensor, before[name].half().float() if rounded else before[name]), name
+    assert not torch.equal(model.head.weight, before["head.weight"])
+
+
+def test_a_weight_too_large_for_a_half_is_refused() -> None:
+    model = TitansModel(PRESETS["tiny"])
+    with torch.no_grad():
+        model.head.weight[0, 0] = 7e4
+    with pytest.raises(DataError, match=r"head\.weight: a weight is larger than float16 holds"):
+        round_to_half(model)
 
 
 def test_round_trip_is_exact(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -20,12 +20,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from titans_export.config import PRESETS
+from titans_export.config import PRESETS, overridden
 from titans_export.model import TitansModel, initial_state
 from titans_export.training.checkpoint import load_checkpoint, read_tensors
 from titans_export.training.data import SegmentStream, Source, load_corpus, split_of
 from titans_export.training.evaluate import bits_per_byte
-from titans_export.training.loop import PROGRESS_FILE, SUMMARY_FILE, TrainingConfig, train
+from titans_export.training.loop import PROGRESS_FILE, SUMMARY_FILE, Trainer, TrainingConfig, train
 from titans_export.training.whitening import measure_whitening
 from titans_runtime import cli
 from titans_runtime.errors import DataError
@@ -110,6 +110,22 @@ def test_stream_refuses_too_little_text() -> None:
 
 
 # --- the loop
+
+
+@pytest.mark.parametrize("architecture", ["lmm", "mac", "mag", "mal"])
+@pytest.mark.parametrize("edit", [0.0, 1.0])
+def test_every_architecture_learns_its_first_memory(architecture: str, edit: float, texts: Path) -> None:
+    """Gradients reach every weight, and a row that is reset begins with the memory as it is now."""
+    deep = ["memory_depth=2", "period=4", "learned_memory=true", f"architecture={architecture}"]
+    config = TrainingConfig(steps=12, batch=4, segment=32, edit=edit, mixed_precision=False)
+    trainer = Trainer(overridden(CONFIG, deep), config, load_corpus([str(texts)]))
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    for step in range(config.steps):
+        trainer.advance(step)
+    for name, parameter in trainer.model.named_parameters():
+        assert not torch.equal(parameter, before[name]), name
+    assert all(torch.isfinite(tensor).all() for tensor in trainer.state.values())
+    assert not any(tensor.requires_grad for tensor in trainer.state.values())
 
 
 def test_training_lowers_the_loss(texts: Path, tmp_path: Path) -> None:
