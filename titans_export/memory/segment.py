@@ -179,10 +179,11 @@ def gated_inputs(
     """
     query, key, value = projections
     heads = query.shape[1]
-    parts = list(gates.split(heads, dim=1))
-    step = torch.sigmoid(parts[-1])
-    log_retention = log_sigmoid(parts[0]) if retention else torch.zeros_like(step)
-    log_momentum = log_sigmoid(parts[-2]) if momentum else None
+    logs, step = gates.split([gates.shape[1] - heads, heads], dim=1)
+    step = torch.sigmoid(step)
+    decays = list(log_sigmoid(logs).split(heads, dim=1)) if momentum or retention else []
+    log_retention = decays.pop(0) if retention else torch.zeros_like(step)
+    log_momentum = decays.pop() if momentum else None
     return TokenInputs(query, key, value, log_retention, step, log_momentum)
 
 
