@@ -101,7 +101,8 @@ class ModelConfig:
             )
         if self.conv_kernel < 2:
             raise UsageError(f"config: conv_kernel is {self.conv_kernel}; it must be 2 or more")
-        if any(n < 1 for n in self.readout_contexts) or self.readout_buckets < 1:
+        lengths = self.readout_contexts
+        if not lengths or any(n < 1 for n in lengths) or self.readout_buckets < 1:
             raise UsageError("config: readout_contexts and readout_buckets must be 1 or more")
 
     @property
@@ -125,8 +126,8 @@ class ModelConfig:
         return self.architecture != "lmm" or not self.memory_form.exact
 
     @property
-    def readout_key_dim(self) -> int:
-        """Width ``Dr`` of the readout memory's key."""
+    def readout_height(self) -> int:
+        """Rows ``Dr`` of the readout memory: the dense part's, then those of every context."""
         return self.d_model + len(self.readout_contexts) * self.readout_buckets
 
     @property

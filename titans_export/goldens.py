@@ -101,6 +101,7 @@ def _run_model(model: TitansModel, case: _Case, generator: torch.Generator) -> A
         arrays[f"{prefix}.output.logits"] = _single(output.logits)
         if call == 0:
             arrays[f"{prefix}.output.readout_key"] = _single(output.readout_key)
+            arrays[f"{prefix}.output.readout_rows"] = _single(output.readout_rows)
         if call == len(case.lengths) - 1:
             arrays |= _present(prefix, output.state)
         state |= output.state
@@ -133,20 +134,26 @@ def _run_readout_gradient(config: ModelConfig, generator: torch.Generator) -> Ar
     batch, tokens, vocab = 2, 4, config.vocab_size
     targets = torch.randint(vocab, (batch, tokens), generator=generator)
     targets[0, -1] = -1
-    key = torch.randn(batch, tokens, config.readout_key_dim, generator=generator)
+    height, contexts = config.readout_height, len(config.readout_contexts)
+    key = torch.randn(batch, tokens, config.d_model, generator=generator)
+    rows = torch.randint(config.d_model, height, (batch, tokens, contexts), generator=generator)
+    rows[:, -1] = rows[:, 0]  # two positions in one context
     base = torch.randn(batch, tokens, vocab, generator=generator)
-    readout = 0.1 * torch.randn(batch, config.readout_key_dim, vocab, generator=generator)
+    readout = 0.1 * torch.randn(batch, height, vocab, generator=generator)
     variable = readout.double().requires_grad_()
-    logits, loss, _ = readout_gradient(targets, variable, key.double(), base.double())
+    scale = config.readout_context_scale
+    logits, loss, _, part = readout_gradient(targets, variable, key.double(), rows, base.double(), scale)
     (gradient,) = torch.autograd.grad(loss.sum(), variable)
     return {
         "readout.gradient.readout.0.input.input_ids": targets.numpy(),
         "readout.gradient.readout.0.input.past.readout": readout.numpy(),
         "readout.gradient.readout.0.input.readout_key": key.numpy(),
+        "readout.gradient.readout.0.input.readout_rows": rows.numpy(),
         "readout.gradient.readout.0.input.base_logits": base.numpy(),
         "readout.gradient.readout.0.output.logits": _single(logits),
         "readout.gradient.readout.0.output.loss": _single(loss),
-        "readout.gradient.readout.0.output.grad.readout": _single(gradient),
+        "readout.gradient.readout.0.output.grad.readout": _single(gradient[:, : config.d_model]),
+        "readout.gradient.readout.0.output.grad.readout_rows": _single(part),
     }
 
 

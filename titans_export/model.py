@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from titans_export.config import ModelConfig
 from titans_export.layers import FeedForward, RMSNorm
-from titans_export.memory.readout import ReadoutKey
+from titans_export.memory.readout import ReadoutKey, read_logits
 from titans_export.memory_layer import (
     MemoryAsContextLayer,
     MemoryAsGateLayer,
@@ -30,12 +30,14 @@ class ModelOutput:
 
     Attributes:
         logits: ``(B, T, vocab)``.
-        readout_key: ``(B, T, Dr)``, the readout memory's key at every position.
+        readout_key: ``(B, T, d_model)``, the dense part of the readout memory's key.
+        readout_rows: ``(B, T, contexts)`` int64, the rows that its one-hot parts pick.
         state: the present state, the readout memory excepted: only its editor changes that.
     """
 
     logits: Tensor
     readout_key: Tensor
+    readout_rows: Tensor
     state: State
 
 
@@ -107,9 +109,11 @@ class TitansModel(nn.Module):
             state: the past state, as :meth:`initial_state` or an earlier call gave it.
         """
         features, present = self.features(input_ids, edit, state)
-        key, present["context"] = self.readout_key(features, input_ids, state["context"])
-        logits = self.head(features) + key @ state["readout"]
-        return ModelOutput(logits=logits, readout_key=key, state=present)
+        key, rows, present["context"] = self.readout_key(features, input_ids, state["context"])
+        logits = self.head(features) + read_logits(
+            state["readout"], key, rows, self.config.readout_context_scale
+        )
+        return ModelOutput(logits=logits, readout_key=key, readout_rows=rows, state=present)
 
     def features(self, input_ids: Tensor, edit: Tensor, state: State) -> tuple[Tensor, State]:
         """What the head reads, ``(B, T, d_model)``, and the layers' present state."""
@@ -162,7 +166,7 @@ def state_schema(config: ModelConfig) -> dict[str, StateEntry]:
     if config.counts_tokens:
         schema["position"] = StateEntry((), torch.int64, role="position")
     schema["context"] = StateEntry((config.context_tail,), torch.int64, role="window")
-    schema["readout"] = StateEntry((config.readout_key_dim, config.vocab_size), role="memory")
+    schema["readout"] = StateEntry((config.readout_height, config.vocab_size), role="memory")
     return schema
 
 

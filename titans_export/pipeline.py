@@ -146,7 +146,7 @@ def _graph(program: Program, config: ModelConfig) -> bundles.GraphSpec:
     dtypes = {
         f"{side}.{name}": dtype for name, dtype in _dtypes(config).items() for side in ("past", "present")
     }
-    dtypes["input_ids"] = "int64"
+    dtypes |= {"input_ids": "int64", "readout_rows": "int64"}
 
     def tensors(axes: dict[str, Axes]) -> tuple[bundles.TensorSpec, ...]:
         return tuple(

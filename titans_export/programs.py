@@ -37,34 +37,40 @@ def model_program(model: TitansModel, rules: Rules) -> Program:
         },
         output_axes={
             "logits": ("batch", "tokens", config.vocab_size),
-            "readout_key": ("batch", "tokens", config.readout_key_dim),
+            "readout_key": ("batch", "tokens", config.d_model),
+            "readout_rows": ("batch", "tokens", len(config.readout_contexts)),
             **present,
         },
+        output_dtypes={"readout_rows": torch.int64},
     )
 
 
 def readout_gradient_program(config: ModelConfig) -> Program:
     """The program ``gradient.readout``."""
-    key, vocab = config.readout_key_dim, config.vocab_size
+    height, width, vocab = config.readout_height, config.d_model, config.vocab_size
+    contexts = len(config.readout_contexts)
     return Program(
         name="gradient.readout",
-        module=_ReadoutGradient(),
+        module=_ReadoutGradient(config.readout_context_scale),
         inputs={
             "input_ids": torch.zeros(_BATCH, _TOKENS, dtype=torch.int64),
-            "past.readout": torch.zeros(_BATCH, key, vocab),
-            "readout_key": torch.zeros(_BATCH, _TOKENS, key),
+            "past.readout": torch.zeros(_BATCH, height, vocab),
+            "readout_key": torch.zeros(_BATCH, _TOKENS, width),
+            "readout_rows": torch.zeros(_BATCH, _TOKENS, contexts, dtype=torch.int64),
             "base_logits": torch.zeros(_BATCH, _TOKENS, vocab),
         },
         input_axes={
             "input_ids": ("batch", "tokens"),
-            "past.readout": ("batch", key, vocab),
-            "readout_key": ("batch", "tokens", key),
+            "past.readout": ("batch", height, vocab),
+            "readout_key": ("batch", "tokens", width),
+            "readout_rows": ("batch", "tokens", contexts),
             "base_logits": ("batch", "tokens", vocab),
         },
         output_axes={
             "logits": ("batch", "tokens", vocab),
             "loss": ("batch", "tokens"),
-            "grad.readout": ("batch", key, vocab),
+            "grad.readout": ("batch", width, vocab),
+            "grad.readout_rows": ("batch", "tokens", vocab),
         },
     )
 
@@ -86,11 +92,15 @@ class _ModelCall(nn.Module):
         input_ids, edit, *state = inputs
         output = self.model(input_ids, edit, dict(zip(self.names, state, strict=True)))
         present = (output.state[name] for name in self.names if name in output.state)
-        return output.logits, output.readout_key, *present
+        return output.logits, output.readout_key, output.readout_rows, *present
 
 
 class _ReadoutGradient(nn.Module):
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
     def forward(
-        self, input_ids: Tensor, readout: Tensor, key: Tensor, base_logits: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return readout_gradient(input_ids, readout, key, base_logits)
+        self, input_ids: Tensor, readout: Tensor, key: Tensor, rows: Tensor, base_logits: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return readout_gradient(input_ids, readout, key, rows, base_logits, self.scale)

@@ -14,9 +14,9 @@ class StateBuffers:
     """The state as it stands, and where the next state goes.
 
     Graphs read one set and write the other; then the two swap. One buffer for past and present would
-    let a graph overwrite what it still reads. The readout memory, which its editor changes between
-    runs, alternates by itself. So a call that fails finds the state before it untouched: nothing is
-    copied, but where a call runs the model more than once.
+    let a graph overwrite what it still reads. So a call that fails finds the state before it untouched:
+    nothing is copied, but where a call runs the model more than once. Of the readout memory, of which an
+    editor changes a few rows between runs, those rows are put aside.
     """
 
     def __init__(self, manifest: Manifest, initial: Arrays) -> None:
@@ -24,66 +24,79 @@ class StateBuffers:
         outputs = {tensor.name for tensor in manifest.graphs["model"].outputs}
         first: Arrays = {}
         self._kept: Arrays = {}  # entries that nothing changes
-        self._readouts: tuple[Array, ...] = ()
+        self._readout: Array | None = None
         for entry in manifest.state:
             array = initial[entry.name].copy()
             if f"present.{entry.name}" in outputs:
                 first[entry.name] = array
             elif entry.name == _READOUT:
-                self._readouts = (array, array.copy())
+                self._readout = array
             else:
                 self._kept[entry.name] = array
         self._sets = (first, {name: array.copy() for name, array in first.items()})
-        self.sides = (0, 0)
-        self._held = (0, 0)
+        self.side = 0
+        self._held = 0
         self._copies: Arrays | None = None
+        self._put_aside: list[tuple[Array, Array]] = []  # rows of the readout memory, and what they were
+        self._is_put_aside = np.zeros(0 if self._readout is None else self._readout.shape[1], bool)
 
     @property
     def past(self) -> Arrays:
         """Every entry as it stands."""
-        readout = {_READOUT: self.readout} if self._readouts else {}
-        return self._sets[self.sides[0]] | readout | self._kept
+        readout = {} if self._readout is None else {_READOUT: self._readout}
+        return self._sets[self.side] | readout | self._kept
 
     @property
     def spare(self) -> Arrays:
         """Where the model writes: the entries that it changes."""
-        return self._sets[1 - self.sides[0]]
+        return self._sets[1 - self.side]
 
     @property
     def readout(self) -> Array:
-        """The readout memory as it stands, ``(1, Dr, V)``."""
-        return self._readouts[self.sides[1]]
+        """The readout memory, ``(1, Dr, V)``; change it through :meth:`edit_readout`."""
+        assert self._readout is not None
+        return self._readout
 
     def swap(self) -> None:
         """Take what the model has written as the state."""
-        self.sides = (1 - self.sides[0], self.sides[1])
+        self.side = 1 - self.side
 
-    def edit_readout(self) -> Array:
-        """The readout memory's next version, for its editor to write at once.
-
-        The version that :meth:`hold` saw is left alone; later ones are overwritten in place.
-        """
-        if self.sides[1] == self._held[1]:
-            self.sides = (self.sides[0], 1 - self.sides[1])
-        return self.readout
+    def edit_readout(self, rows: Array) -> Array:
+        """The readout memory ``(Dr, V)``, for the caller to change ``rows``, each named once."""
+        new = rows[~self._is_put_aside[rows]]
+        if len(new):
+            self._put_aside.append((new, self.readout[0, new]))
+            self._is_put_aside[new] = True
+        memory: Array = self.readout[0]
+        return memory
 
     def hold(self, runs: int) -> None:
         """Remember the state as it stands; the model will run ``runs`` times on it."""
-        self._held = self.sides
+        self._held = self.side
         # The second run writes where the first one has read.
-        self._copies = {name: array.copy() for name, array in self.past.items()} if runs > 1 else None
+        self._copies = {name: array.copy() for name, array in self._now.items()} if runs > 1 else None
+        for rows, _ in self._put_aside:
+            self._is_put_aside[rows] = False
+        self._put_aside.clear()
 
     def rewind(self) -> None:
         """Return to the state that :meth:`hold` saw."""
-        self.sides = self._held
+        self.side = self._held
         if self._copies is not None:
-            for name, array in self._sets[self.sides[0]].items():
+            for name, array in self._now.items():
                 np.copyto(array, self._copies[name])
+        for rows, content in self._put_aside:
+            self.readout[0, rows] = content
 
     def restore(self, arrays: Arrays) -> None:
         """Take ``state.<name>`` of a snapshot as the state; the one before it stays whole."""
         for name, array in (self.spare | self._kept).items():
             np.copyto(array, arrays[f"state.{name}"])
-        if self._readouts:
-            np.copyto(self._readouts[1 - self.sides[1]], arrays[f"state.{_READOUT}"])
-        self.sides = (1 - self.sides[0], 1 - self.sides[1])
+        if self._readout is not None:
+            self.edit_readout(np.arange(self._readout.shape[1]))[:] = arrays[f"state.{_READOUT}"][0]
+        self.side = 1 - self.side
+
+    @property
+    def _now(self) -> Arrays:
+        """The entries that the model changes, as they stand."""
+        return self._sets[self.side]

@@ -204,7 +204,8 @@ def _check_widths(manifest: Manifest) -> None:
     for where, found, expected in (
         ("edit", inputs["edit"], ("batch", manifest.edit_layers)),
         ("logits", outputs.get("logits"), ("batch", "tokens", manifest.vocab_size)),
-        ("readout_key", outputs.get("readout_key"), ("batch", "tokens", _key_width(manifest, outputs))),
+        ("readout_key", outputs.get("readout_key"), ("batch", "tokens", _size(outputs, "readout_key"))),
+        ("readout_rows", outputs.get("readout_rows"), ("batch", "tokens", _size(outputs, "readout_rows"))),
         *((f"past.{entry.name}", inputs[f"past.{entry.name}"], entry.shape) for entry in manifest.state),
     ):
         if found != expected:
@@ -213,13 +214,10 @@ def _check_widths(manifest: Manifest) -> None:
             )
 
 
-def _key_width(manifest: Manifest, outputs: dict[str, tuple[int | str, ...]]) -> int | str:
-    """Rows of the readout memory; without one, whatever size the graph gives the key."""
-    for entry in manifest.state:
-        if entry.name == "readout":
-            return entry.shape[1]
-    width = (*outputs.get("readout_key", ()), "")[-2]
-    return width if isinstance(width, int) else "a size"
+def _size(outputs: dict[str, tuple[int | str, ...]], name: str) -> int | str:
+    """Size of an output's last axis, whatever it is; it must be fixed."""
+    shape = outputs.get(name, ())
+    return shape[-1] if shape and isinstance(shape[-1], int) else "a size"
 
 
 class _Fields:

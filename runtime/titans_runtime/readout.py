@@ -7,7 +7,8 @@ period scored. So every prediction is made before the memory sees its target.
 
 The loss depends on ``R`` through the logits alone. So a segment is scored once, with the memory as it
 stands, and the gradient graph is given those logits as base and the *change* of the memory since then
-as its memory. Every product is the graph's: NumPy only adds, and its own threads stay asleep.
+as its memory. A key has a dense part and a few one-hot parts, so a period changes the first rows of the
+memory and those few that its positions pick; NumPy adds to these and touches no others.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,6 +31,22 @@ UNKNOWN = -1
 
 _LARGEST_UPDATE = 1e30
 """Norm of an update beyond which sums of updates might leave float32."""
+
+
+class Keys(NamedTuple):
+    """Readout keys: ``dense (T, d)`` float32, and ``rows (T, contexts)`` int64 that they pick besides."""
+
+    dense: Array
+    rows: Array
+
+    @classmethod
+    def empty(cls, tokens: int, width: int, contexts: int) -> Keys:
+        """Room for keys."""
+        return cls(np.zeros((tokens, width), np.float32), np.zeros((tokens, contexts), np.int64))
+
+    def part(self, positions: slice) -> Keys:
+        """Those of ``positions``, as views."""
+        return Keys(self.dense[positions], self.rows[positions])
 
 
 @dataclass(frozen=True)
@@ -54,27 +72,37 @@ class ReadoutEditor:
             backend: holds the graph ``gradient.readout``.
             buffers: hold the readout memory, ``(1, Dr, V)`` float32.
         """
-        chunk, (_, key_dim, vocab) = editor.chunk, buffers.readout.shape
+        chunk, (_, height, vocab) = editor.chunk, buffers.readout.shape
         self.editor = editor
         self.count = 0
         self._buffers = buffers
         self._graph = backend.graph(editor.graph)
-        self._energy = np.zeros(key_dim, np.float32)  # Σ ‖gradient‖² of each row, for adagrad
+        width, contexts = _key_shape(backend, editor.graph)
+        self._first = np.arange(width)  # the rows that the dense part reads
+        self._energy = np.zeros(height, np.float32)  # Σ ‖gradient‖² of each row, for adagrad
         self._change = np.zeros(buffers.readout.shape, np.float32)  # zero, but for the time of `stream`
+        self._changed: list[Array] = []  # its rows that are not zero
         self._targets = np.full((1, chunk), UNKNOWN, np.int64)
-        self._keys = np.zeros((1, chunk, key_dim), np.float32)
+        self._keys = Keys.empty(chunk, width, contexts)
         self._scored = np.zeros((1, chunk, vocab), np.float32)
         self._logits = np.empty((1, chunk, vocab), np.float32)
         self._loss = np.empty((1, chunk), np.float32)
-        self._gradient = np.empty(buffers.readout.shape, np.float32)
+        self._gradient = np.empty((1, width, vocab), np.float32)
+        self._parts = np.empty((1, chunk, vocab), np.float32)
         self._call = self._graph.bind(
             {
                 "input_ids": self._targets,
                 "past.readout": self._change,
-                "readout_key": self._keys,
+                "readout_key": self._keys.dense[None],
+                "readout_rows": self._keys.rows[None],
                 "base_logits": self._scored,
             },
-            {"logits": self._logits, "loss": self._loss, "grad.readout": self._gradient},
+            {
+                "logits": self._logits,
+                "loss": self._loss,
+                "grad.readout": self._gradient,
+                "grad.readout_rows": self._parts,
+            },
         )
 
     def room(self, position: int) -> int:
@@ -104,29 +132,29 @@ class ReadoutEditor:
         if position % self.editor.chunk == 0:
             self._learn(report)
 
-    def hold(self, ids: Array, keys: Array, logits: Array, teach: bool = True) -> None:
+    def hold(self, ids: Array, keys: Keys, logits: Array, teach: bool = True) -> None:
         """Keep positions of the current period until their targets are known.
 
         Args:
             ids: ``(T,)`` int64.
-            keys: ``(T, Dr)``, their readout keys.
+            keys: their readout keys.
             logits: ``(T, V)`` as they were scored.
             teach: whether ``ids`` are to be learnt from.
         """
         rows = slice(self.count, self.count + len(ids))
-        self._keys[0, rows] = keys
+        self._keys.dense[rows], self._keys.rows[rows] = keys
         self._scored[0, rows] = logits
         self._targets[0, rows] = UNKNOWN
         if teach:
             self._targets[0, self.count : self.count + len(ids) - 1] = ids[1:]
         self.count += len(ids)
 
-    def stream(self, ids: Array, keys: Array, logits: Array, position: int, report: EditReport) -> None:
+    def stream(self, ids: Array, keys: Keys, logits: Array, position: int, report: EditReport) -> None:
         """Learn from a segment that reaches beyond the current period.
 
         Args:
             ids: ``(T,)`` int64, the tokens from ``position`` on; all are learnt from.
-            keys: ``(T, Dr)``.
+            keys: their readout keys.
             logits: ``(T, V)``, scored with the memory as it stands; rows of later periods are
                 rewritten with the memory of their period.
             position: of the first token; nothing is due from before.
@@ -136,21 +164,23 @@ class ReadoutEditor:
             NumericsError: a gradient is not finite; the caller restores the memory.
         """
         chunk, start = self.editor.chunk, self.room(position)
-        self.hold(ids[:start], keys[:start], logits[:start])
+        self.hold(ids[:start], keys.part(slice(start)), logits[:start])
         self._targets[0, self.count - 1] = ids[start]
         self._learn(report, streaming=True)
         while start + chunk < len(ids):
             rows = slice(start, start + chunk)
-            self.hold(ids[rows], keys[rows], logits[rows])
+            self.hold(ids[rows], keys.part(rows), logits[rows])
             self._targets[0, -1] = ids[start + chunk]
             self._learn(report, streaming=True)
             logits[rows] = self._logits[0]
             start += chunk
-        self._score(keys[start:], logits[start:])
-        self.hold(ids[start:], keys[start:], logits[start:])
-        memory = self._buffers.readout
-        np.add(memory, self._change, out=self._buffers.edit_readout())
-        self._change.fill(0)
+        rest = keys.part(slice(start, None))
+        self._score(rest, logits[start:])
+        self.hold(ids[start:], rest, logits[start:])
+        if self._changed:
+            rows_changed = np.unique(np.concatenate(self._changed))
+            self._buffers.edit_readout(rows_changed)[rows_changed] += self._change[0, rows_changed]
+        self._forget_change()
 
     def hand_over(self, token: int, report: EditReport) -> None:
         """Learn from all pending positions, whose last target is ``token``: another editor takes over."""
@@ -173,7 +203,8 @@ class ReadoutEditor:
     def export(self) -> Arrays:
         """Copies of the pending positions, by name, for a snapshot."""
         return {
-            "pending.readout_key": self._keys[0, : self.count].copy(),
+            "pending.readout_key": self._keys.dense[: self.count].copy(),
+            "pending.readout_rows": self._keys.rows[: self.count].copy(),
             "pending.logits": self._scored[0, : self.count].copy(),
             "pending.targets": self._targets[0, : self.count].copy(),
         }
@@ -181,7 +212,8 @@ class ReadoutEditor:
     def restore(self, arrays: Arrays) -> None:
         """Take up pending positions of the current period."""
         self.count = len(arrays["pending.targets"])
-        self._keys[0, : self.count] = arrays["pending.readout_key"]
+        self._keys.dense[: self.count] = arrays["pending.readout_key"]
+        self._keys.rows[: self.count] = arrays["pending.readout_rows"]
         self._scored[0, : self.count] = arrays["pending.logits"]
         self._targets[0, : self.count] = arrays["pending.targets"]
 
@@ -202,7 +234,7 @@ class ReadoutEditor:
 
     def rewind(self, mark: PendingMark) -> None:
         """Undo everything since the mark, but for the memory itself, which is the caller's."""
-        self._change.fill(0)
+        self._forget_change()
         self._energy[:] = mark.energy
         if mark.arrays is not None:
             self.restore(mark.arrays)
@@ -220,58 +252,79 @@ class ReadoutEditor:
             return
         self._clear(count)
         self._call.run()
-        norm, energy = self._energies()
+        rows, gradient = self._gathered(known)
+        energy = np.einsum("ij,ij->i", gradient, gradient)
+        norm = math.sqrt(float(energy.sum()))
         if not norm * self.editor.step < _LARGEST_UPDATE:
             reason = "too large" if math.isfinite(norm) else "not finite"
             raise NumericsError(
                 f"the readout memory's gradient is {reason}; the session is as it was before the call"
             )
-        self._scale_gradient(energy)
-        memory = self._change if streaming else self._buffers.readout
-        target = self._change if streaming else self._buffers.edit_readout()
-        np.subtract(memory, self._gradient, out=target)
+        if streaming:
+            memory: Array = self._change[0]
+            self._changed.append(rows)
+        else:
+            memory = self._buffers.edit_readout(rows)
+        memory[rows] -= self._update(rows, gradient, energy)
         report.updates += 1
         report.gradient_norm.append(norm)
         report.surprise.extend(self._loss[0, :count][known].tolist())
         report.seconds += time.perf_counter() - began
 
-    def _energies(self) -> tuple[float, Array | None]:
-        """The gradient's norm, and the squared norm of each row where the optimizer asks for it."""
-        if self.editor.optimizer == "sgd":
-            flat = self._gradient.reshape(-1)
-            return math.sqrt(float(np.dot(flat, flat))), None
-        rows = np.einsum("ij,ij->i", self._gradient[0], self._gradient[0])
-        return math.sqrt(float(rows.sum())), rows
+    def _gathered(self, known: Array) -> tuple[Array, Array]:
+        """Rows of the memory that the pending positions change, and the gradient of each."""
+        picked = self._keys.rows[: len(known)][known]
+        rows, place = np.unique(picked, return_inverse=True)
+        position = np.repeat(np.arange(len(picked)), picked.shape[1])
+        picks = np.zeros((len(rows), len(picked)), np.float32)
+        np.add.at(picks, (place.reshape(-1), position), 1.0)
+        parts = picks @ self._parts[0, : len(known)][known]
+        return np.concatenate([self._first, rows]), np.concatenate([self._gradient[0], parts])
 
-    def _scale_gradient(self, energy: Array | None) -> None:
-        """Turn the gradient into the update, in place."""
+    def _update(self, rows: Array, gradient: Array, energy: Array) -> Array:
+        """The gradient turned into what is subtracted, in place."""
         step = np.float32(self.editor.step)
-        if energy is not None:
-            self._energy += energy
-            self._gradient[0] *= (step / np.sqrt(1 + self._energy))[:, None]
-        elif step != 1:
-            self._gradient *= step
+        if self.editor.optimizer == "adagrad":
+            self._energy[rows] += energy
+            gradient *= (step / np.sqrt(1 + self._energy[rows]))[:, None]
+        else:
+            gradient *= step
+        return gradient
+
+    def _forget_change(self) -> None:
+        for rows in self._changed:
+            self._change[0, rows] = 0
+        self._changed.clear()
 
     def _clear(self, count: int) -> None:
         """Empty the rows that a shorter period does not use: what a failed call left may not be finite."""
         if count < self.editor.chunk:
             self._targets[0, count:] = UNKNOWN
-            self._keys[0, count:] = 0
+            self._keys.dense[count:] = 0
+            self._keys.rows[count:] = 0
             self._scored[0, count:] = 0
 
-    def _score(self, keys: Array, logits: Array) -> None:
+    def _score(self, keys: Keys, logits: Array) -> None:
         """Rewrite ``logits (T, V)`` with the memory as it has become."""
-        tokens = len(keys)
+        tokens = len(logits)
         self._graph.bind(
             {
                 "input_ids": np.full((1, tokens), UNKNOWN, np.int64),
                 "past.readout": self._change,
-                "readout_key": keys[None],
+                "readout_key": keys.dense[None],
+                "readout_rows": keys.rows[None],
                 "base_logits": logits[None].copy(),
             },
             {
                 "logits": logits[None],
                 "loss": np.empty((1, tokens), np.float32),
                 "grad.readout": self._gradient,
+                "grad.readout_rows": np.empty((1, *logits.shape), np.float32),
             },
         ).run()
+
+
+def _key_shape(backend: Backend, graph: str) -> tuple[int, int]:
+    """Width of a key's dense part, and rows that it picks besides."""
+    inputs = {tensor.name: tensor.shape for tensor in backend.manifest.graphs[graph].inputs}
+    return int(inputs["readout_key"][-1]), int(inputs["readout_rows"][-1])

@@ -18,7 +18,7 @@ from titans_runtime.bundle import Bundle, initial_state, open_bundle
 from titans_runtime.editor import Editor, EditReport
 from titans_runtime.errors import NumericsError, StateError, UsageError
 from titans_runtime.manifest import Manifest
-from titans_runtime.readout import ReadoutEditor
+from titans_runtime.readout import Keys, ReadoutEditor
 from titans_runtime.sampling import Sampling
 from titans_runtime.state import Snapshot, load_snapshot, save_snapshot
 from titans_runtime.tokens import Tokens, checked_tokens
@@ -140,12 +140,12 @@ class Session:
         self._unfinished: tuple[int, Arrays] | None = None
         self._lock = threading.Lock()
         outputs = {tensor.name: tensor for tensor in model.manifest.graphs["model"].outputs}
-        self._key_dim = int(outputs["readout_key"].shape[-1])
+        self._key_shape = [int(outputs[name].shape[-1]) for name in ("readout_key", "readout_rows")]
         self._token = np.zeros((1, 1), np.int64)
         self._token_logits = np.empty((1, 1, model.vocab_size), np.float32)
-        self._token_key = np.empty((1, 1, self._key_dim), np.float32)
-        self._segment_keys: Array | None = None
-        self._token_calls: dict[tuple[int, int, bool], Call] = {}
+        self._token_keys = Keys.empty(1, *self._key_shape)
+        self._segment_keys: Keys | None = None
+        self._token_calls: dict[tuple[int, bool], Call] = {}
 
     @property
     def edit(self) -> tuple[float, ...]:
@@ -312,41 +312,37 @@ class Session:
                 editor.stream(ids, keys, logits, position, report)
         self.position += len(ids)
 
-    def _run_model(self, ids: Array, logits: Array, keys: Array | None) -> None:
-        """Fill ``logits (T, V)`` and, where asked for, the readout keys ``(T, Dr)``."""
+    def _run_model(self, ids: Array, logits: Array, keys: Keys | None) -> None:
+        """Fill ``logits (T, V)`` and, where asked for, the readout keys."""
         if len(ids) == 1:
             self._token[0, 0] = ids[0]
             self._token_call(keys is not None).run()
             logits[:] = self._token_logits[0]
         else:
-            self._bind(ids[None], logits[None], None if keys is None else keys[None]).run()
+            self._bind(ids[None], logits[None], keys).run()
         self._buffers.swap()
 
-    def _key_buffer(self, tokens: int) -> Array:
+    def _key_buffer(self, tokens: int) -> Keys:
         if tokens == 1:
-            token_key: Array = self._token_key[0]
-            return token_key
-        if self._segment_keys is None:  # kept: fresh memory for every segment costs 2 % of its time
-            self._segment_keys = np.empty((SEGMENT, self._key_dim), np.float32)
-        return self._segment_keys[:tokens]
+            return self._token_keys
+        if self._segment_keys is None:  # kept: fresh memory for every segment costs time
+            self._segment_keys = Keys.empty(SEGMENT, *self._key_shape)
+        return self._segment_keys.part(slice(tokens))
 
-    def _token_call(self, with_key: bool) -> Call:
+    def _token_call(self, with_keys: bool) -> Call:
         """The one-token call for the buffers as they stand, bound when first needed."""
-        which = (*self._buffers.sides, with_key)
+        which = (self._buffers.side, with_keys)
         if which not in self._token_calls:
-            key = self._token_key if with_key else None
-            self._token_calls[which] = self._bind(self._token, self._token_logits, key)
+            keys = self._token_keys if with_keys else None
+            self._token_calls[which] = self._bind(self._token, self._token_logits, keys)
         return self._token_calls[which]
 
-    def _bind(self, ids: Array, logits: Array, keys: Array | None) -> Call:
+    def _bind(self, ids: Array, logits: Array, keys: Keys | None) -> Call:
         past, spare = self._buffers.past, self._buffers.spare
+        wanted = {} if keys is None else {"readout_key": keys.dense[None], "readout_rows": keys.rows[None]}
         return self.model.graph.bind(
             {"input_ids": ids, "edit": self._edit, **{f"past.{name}": past[name] for name in past}},
-            {
-                "logits": logits,
-                **({} if keys is None else {"readout_key": keys}),
-                **{f"present.{name}": spare[name] for name in spare},
-            },
+            {"logits": logits, **wanted, **{f"present.{name}": spare[name] for name in spare}},
         )
 
     def _generate(

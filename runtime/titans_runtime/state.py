@@ -172,12 +172,14 @@ def _check_pending(path: Path, arrays: Arrays, manifest: Manifest, header: Mappi
     """What comes after the state: pending positions, all or none, and the last logits."""
     vocab = manifest.vocab_size
     allowed = {f"state.{entry.name}" for entry in manifest.state}
-    allowed |= {ENERGY, "last_logits", "pending.targets", "pending.readout_key", "pending.logits"}
+    allowed |= {ENERGY, "last_logits", "pending.logits"}
+    allowed |= {"pending.targets", "pending.readout_key", "pending.readout_rows"}
     unknown = sorted(arrays.keys() - allowed)
     if unknown:
         raise StateError(f"{path}: tensor {unknown[0]} is unknown")
     expected: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {"last_logits": ((vocab,), np.float32)}
     readout = next((entry.row_shape for entry in manifest.state if entry.name == "readout"), (0,))
+    outputs = {tensor.name: tensor.shape for tensor in manifest.graphs["model"].outputs}
     if (header["editor"] or {}).get("optimizer") == "adagrad" or ENERGY in arrays:
         expected[ENERGY] = ((readout[0],), np.float32)
     if any(name.startswith("pending.") for name in arrays):
@@ -186,7 +188,8 @@ def _check_pending(path: Path, arrays: Arrays, manifest: Manifest, header: Mappi
         if not (1 <= targets.size <= seen and -1 <= targets.min() <= targets.max() < vocab):
             raise StateError(f"{path}: pending.targets do not fit the editor {header['editor']}")
         expected["pending.targets"] = ((targets.size,), np.int64)
-        expected["pending.readout_key"] = ((targets.size, readout[0]), np.float32)
+        expected["pending.readout_key"] = ((targets.size, _last(outputs, "readout_key")), np.float32)
+        expected["pending.readout_rows"] = ((targets.size, _last(outputs, "readout_rows")), np.int64)
         expected["pending.logits"] = ((targets.size, vocab), np.float32)
     for name, (shape, dtype) in expected.items():
         array = arrays.get(name)
@@ -194,6 +197,14 @@ def _check_pending(path: Path, arrays: Arrays, manifest: Manifest, header: Mappi
             continue
         if array is None or array.shape != shape or array.dtype != dtype:
             raise StateError(f"{path}: {name} is missing, or not {np.dtype(dtype).name} {shape}")
+    rows = arrays.get("pending.readout_rows", np.empty(0))
+    if rows.size and not 0 <= rows.min() <= rows.max() < readout[0]:
+        raise StateError(f"{path}: pending.readout_rows lie outside the readout memory of {readout[0]} rows")
+
+
+def _last(outputs: Mapping[str, tuple[int | str, ...]], name: str) -> int:
+    size = outputs[name][-1] if name in outputs else 0
+    return size if isinstance(size, int) else 0
 
 
 def _seen_of_period(header: Mapping[str, Any]) -> int:

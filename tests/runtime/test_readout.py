@@ -44,8 +44,18 @@ def _forward(model: tr.Model, text: bytes, places: list[int]) -> tuple[Array, Ar
         model.graph.bind({"input_ids": ids, "edit": edit, **past}, outputs).run()
         past |= {f"past.{n[8:]}": array for n, array in outputs.items() if n.startswith("present.")}
         logits.append(outputs["logits"][0].astype(np.float64))
-        keys.append(outputs["readout_key"][0].astype(np.float64))
+        keys.append(_whole_keys(model, outputs["readout_key"][0], outputs["readout_rows"][0]))
     return np.concatenate(logits), np.concatenate(keys)
+
+
+def _whole_keys(model: tr.Model, dense: Array, rows: Array) -> Array:
+    """Keys ``(T, Dr)`` with their one-hot parts written out."""
+    (height,) = (entry.row_shape[0] for entry in model.manifest.state if entry.name == "readout")
+    keys = np.zeros((len(dense), height))
+    keys[:, : dense.shape[1]] = dense
+    for picked in rows.T:
+        keys[np.arange(len(dense)), picked] = model.manifest.model["readout_context_scale"]
+    return keys
 
 
 def _edited(
@@ -157,7 +167,7 @@ def test_what_a_failed_call_left_behind_teaches_nothing(model: tr.Model) -> None
         one.append(b"abc")
     assert session._readout is not None
     session._readout._scored[0, 3:] = np.nan
-    session._readout._keys[0, 3:] = np.inf
+    session._readout._keys.dense[3:] = np.inf
     for one in (session, twin):
         one.observe(b"d", Editor(chunk=2))
     assert np.array_equal(session.snapshot().arrays["state.readout"], twin.snapshot().arrays["state.readout"])
@@ -196,7 +206,7 @@ def test_what_the_optimizer_has_summed_up_belongs_to_the_state(model: tr.Model, 
     session.restore(mark)
     assert np.array_equal(session.append(more), expected)
     before = session.snapshot()
-    session._readout._keys[:] = 0  # type: ignore[union-attr]
+    session._readout._keys.dense[:] = 0  # type: ignore[union-attr]
     session._readout._scored[0, 0, 0] = np.nan  # type: ignore[union-attr]
     with pytest.raises(tr.NumericsError):
         session.append(more)

@@ -40,7 +40,12 @@ def harmed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_file_gives_back_what_was_saved(model: tr.Model, memory: Path, snapshot: tr.Snapshot) -> None:
     assert_same_snapshot(load_snapshot(memory, model.manifest), snapshot)
-    assert {"pending.targets", "pending.readout_key", "pending.logits"} < snapshot.arrays.keys()
+    assert {
+        "pending.targets",
+        "pending.readout_key",
+        "pending.readout_rows",
+        "pending.logits",
+    } < snapshot.arrays.keys()
 
 
 def test_a_new_session_can_be_saved(model: tr.Model, tmp_path: Path) -> None:

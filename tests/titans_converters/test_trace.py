@@ -118,7 +118,11 @@ def test_axes_are_free(
     with torch.no_grad():
         state = {n.removeprefix("past."): t for n, t in inputs.items() if n.startswith("past.")}
         expected = model(inputs["input_ids"], inputs["edit"], state)
-    wanted = {"logits": expected.logits, "readout_key": expected.readout_key}
+    wanted = {
+        "logits": expected.logits,
+        "readout_key": expected.readout_key,
+        "readout_rows": expected.readout_rows,
+    }
     wanted |= {f"present.{name}": tensor for name, tensor in expected.state.items()}
     assert len(outputs) == len(program.output_axes) == len(wanted)
     for name, actual in zip(program.output_axes, outputs, strict=True):

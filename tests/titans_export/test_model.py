@@ -103,14 +103,19 @@ def test_readout_gradient_equals_autograd() -> None:
     generator = torch.Generator().manual_seed(0)
     targets = torch.tensor([[3, 0, 7], [1, 1, -1]])
     key = torch.randn(2, 3, 5, generator=generator, dtype=torch.float64)
+    rows = torch.tensor([[[5, 9], [7, 9], [5, 8]], [[6, 10], [6, 10], [6, 10]]])
     base = torch.randn(2, 3, 8, generator=generator, dtype=torch.float64)
-    readout = torch.randn(2, 5, 8, generator=generator, dtype=torch.float64, requires_grad=True)
-    logits = base + key @ readout
+    readout = torch.randn(2, 11, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    whole = torch.cat([key, torch.zeros(2, 3, 6, dtype=torch.float64)], dim=-1).scatter(2, rows, 0.7)
+    logits = base + whole @ readout
     losses = torch.nn.functional.cross_entropy(
         logits.transpose(1, 2), targets, ignore_index=-1, reduction="none"
     )
     (expected,) = torch.autograd.grad(losses.sum(), readout)
-    scored, loss, gradient = readout_gradient(targets, readout.detach(), key, base)
+    scored, loss, first, parts = readout_gradient(targets, readout.detach(), key, rows, base, 0.7)
+    gradient = torch.cat([first, torch.zeros(2, 6, 8, dtype=torch.float64)], dim=1)
+    for context in range(2):
+        gradient.scatter_add_(1, rows[..., context, None].expand(-1, -1, 8), parts)
     assert torch.allclose(scored, logits)
     assert torch.allclose(loss, losses.detach())
     assert torch.allclose(gradient, expected)
@@ -121,12 +126,12 @@ def test_readout_gradient_equals_autograd() -> None:
 def test_readout_key_tells_contexts_apart(model: TitansModel) -> None:
     """The one-hot part names the last tokens: equal for equal contexts, from whatever call they came."""
     ids = torch.tensor([[*range(5, 13), 1, 2, *range(5, 13)]])
-    key = model(ids, _edit(0.0), _state()).readout_key[0, :, CONFIG.d_model :]
-    assert torch.equal(key[7], key[17])
-    assert not torch.equal(key[7], key[8])
-    parts = key.reshape(18, len(CONFIG.readout_contexts), CONFIG.readout_buckets)
-    assert ((parts != 0).sum(-1) == 1).all()
-    assert (parts.sum(-1) == CONFIG.readout_context_scale).all()
+    rows = model(ids, _edit(0.0), _state()).readout_rows[0]
+    assert torch.equal(rows[7], rows[17])
+    assert not torch.equal(rows[7], rows[8])
+    first = CONFIG.d_model + CONFIG.readout_buckets * torch.arange(len(CONFIG.readout_contexts))
+    assert ((rows >= first) & (rows < first + CONFIG.readout_buckets)).all()
+    assert rows.max() < CONFIG.readout_height
 
 
 def test_state_schema_is_the_initial_state() -> None:

@@ -38,7 +38,7 @@ class ReadoutKey(nn.Module):
         self.register_buffer("mean", torch.zeros(config.d_model))
         self.register_buffer("whitening", torch.eye(config.d_model))
 
-    def forward(self, features: Tensor, input_ids: Tensor, past_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, features: Tensor, input_ids: Tensor, past_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Key of every position, and the tokens that the next call's contexts reach back to.
 
         Args:
@@ -47,18 +47,17 @@ class ReadoutKey(nn.Module):
             past_ids: ``(B, tail)`` int64, the tokens before.
 
         Returns:
-            ``key (B, T, Dr)`` and ``present_ids (B, tail)``.
+            The hidden part ``(B, T, d_model)``; for each context the row of the memory that its one-hot
+            part picks, ``(B, T, contexts)`` int64; and ``present_ids (B, tail)``.
         """
         hidden = l2_normalise((features - self.mean) @ self.whitening)
         window = torch.cat([past_ids, input_ids], dim=1)
         tokens = input_ids.shape[1]
-        parts = [hidden]
-        on, off = features.new_tensor(self.scale), features.new_tensor(0.0)
-        bucket_ids = torch.arange(self.buckets, device=input_ids.device)
-        for length in self.contexts:
-            bucket = self._hash(window, tokens, length)
-            parts.append(torch.where(bucket[..., None] == bucket_ids, on, off))
-        return torch.cat(parts, dim=-1), window[:, tokens:]
+        rows = [
+            features.shape[-1] + index * self.buckets + self._hash(window, tokens, length)
+            for index, length in enumerate(self.contexts)
+        ]
+        return hidden, torch.stack(rows, dim=-1), window[:, tokens:]
 
     def _hash(self, window: Tensor, tokens: int, length: int) -> Tensor:
         """Bucket of the last ``length`` tokens at every position: ``(B, T)`` int64."""
@@ -70,9 +69,25 @@ class ReadoutKey(nn.Module):
         return code % self.buckets
 
 
+def read_logits(readout: Tensor, key: Tensor, rows: Tensor, scale: float) -> Tensor:
+    """``Rᵀ k`` for keys of a dense part and of one-hot parts of length ``scale``.
+
+    Args:
+        readout: ``(B, Dr, V)``; the dense part's rows come first.
+        key: ``(B, T, d)``, the dense part.
+        rows: ``(B, T, contexts)`` int64, where the others' ones stand.
+        scale: length of each of them.
+    """
+    batch, height, vocab = readout.shape
+    first = torch.arange(batch, device=rows.device)[:, None, None] * height
+    picked = readout.reshape(batch * height, vocab)[rows + first]
+    dense: Tensor = key @ readout[:, : key.shape[-1]]
+    return dense + scale * picked.sum(-2)
+
+
 def readout_gradient(
-    target_ids: Tensor, readout: Tensor, key: Tensor, base_logits: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    target_ids: Tensor, readout: Tensor, key: Tensor, rows: Tensor, base_logits: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Logits, loss, and the gradient of the summed loss with respect to the readout memory.
 
     The memory is held at ``readout`` for all ``T`` positions (gradient period ``T``).
@@ -81,18 +96,21 @@ def readout_gradient(
         target_ids: ``(B, T)`` int64, the token that followed each position; negative where it is
             not known yet: such a position is scored and teaches nothing.
         readout: ``(B, Dr, V)``.
-        key: ``(B, T, Dr)``.
+        key: ``(B, T, d)``, the key's dense part.
+        rows: ``(B, T, contexts)`` int64, rows that the key's one-hot parts pick.
         base_logits: ``(B, T, V)``, logits without the readout's part.
+        scale: length of each one-hot part.
 
     Returns:
-        ``logits (B, T, V)``, ``loss (B, T)`` in nats (0 where the target is unknown) and
-        ``grad (B, Dr, V)``.
+        ``logits (B, T, V)``; ``loss (B, T)`` in nats (0 where the target is unknown); the gradient of the
+        first ``d`` rows ``(B, d, V)``; and what every position adds to the gradient of each row that it
+        picks, ``(B, T, V)``.
     """
-    logits = base_logits + key @ readout
+    logits = base_logits + read_logits(readout, key, rows, scale)
     vocab = torch.arange(logits.shape[-1], device=logits.device)
     known = (target_ids >= 0).to(logits.dtype)
     one_hot = (target_ids[..., None] == vocab).to(logits.dtype)
     log_probability = logits.log_softmax(-1)
     loss = -(log_probability * one_hot).sum(-1)
     error = (log_probability.exp() - one_hot) * known[..., None]
-    return logits, loss, key.transpose(-1, -2) @ error
+    return logits, loss, key.transpose(-1, -2) @ error, scale * error

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from titans_runtime.manifest import Manifest
 
 Array = npt.NDArray[Any]
 Arrays = dict[str, Array]
@@ -34,6 +37,10 @@ class Graph(Protocol):
 
 class Backend(Protocol):
     """Loads graphs of one bundle."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the bundle says of its graphs."""
 
     def graph(self, name: str) -> Graph:
         """The graph of that name, loaded once."""

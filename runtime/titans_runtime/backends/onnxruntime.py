@@ -14,6 +14,8 @@ from titans_runtime.errors import BundleError, EnvironmentProblem, TitansError, 
 if TYPE_CHECKING:
     import onnxruntime
 
+    from titans_runtime.manifest import Manifest
+
 _TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "int64": "tensor(int64)"}
 DEFAULT_PROVIDERS = ("CPUExecutionProvider",)
 _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -47,6 +49,11 @@ class OnnxRuntimeBackend:
         self._graphs: dict[str, Graph] = {}
         self._lock = threading.Lock()
         self.graph("model")
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the bundle says of its graphs."""
+        return self._bundle.manifest
 
     def graph(self, name: str) -> Graph:
         """The graph of that name, loaded when first asked for.
