@@ -19,6 +19,7 @@ def model_program(model: TitansModel, rules: Rules) -> Program:
     config = model.config
     copy = TitansModel(config, rules)
     copy.load_state_dict(model.state_dict())
+    copy.group_products()
     state = initial_state(config, _BATCH)
     axes = state_axes(config)
     present = {f"present.{name}": shape for name, shape in axes.items() if name != "readout"}
