@@ -40,11 +40,38 @@ class StateBuffers:
         self._put_aside: list[tuple[Array, Array]] = []  # rows of the readout memory, and what they were
         self._is_put_aside = np.zeros(0 if self._readout is None else self._readout.shape[1], bool)
 
+    def move(self, sets: tuple[Arrays, Arrays], kept: Arrays) -> None:
+        """Go on in other arrays: the state, as it stands, is copied into the first set and ``kept``.
+
+        Args:
+            sets: for the entries that the model changes, by name.
+            kept: for all others, the readout memory among them.
+        """
+        for name, array in self._now.items():
+            np.copyto(sets[0][name], array)
+        for name, array in self.fixed.items():
+            np.copyto(kept[name], array)
+        self._sets, self.side, self._held = sets, 0, 0
+        self._kept = {name: kept[name] for name in self._kept}
+        if self._readout is not None:
+            self._readout = kept[_READOUT]
+        self.hold(runs=0)
+
+    def cross_over(self) -> None:
+        """Let the state stand in the other set."""
+        for name, array in self._now.items():
+            np.copyto(self.spare[name], array)
+        self.swap()
+
+    @property
+    def fixed(self) -> Arrays:
+        """The entries that the model leaves alone."""
+        return self._kept | ({} if self._readout is None else {_READOUT: self._readout})
+
     @property
     def past(self) -> Arrays:
         """Every entry as it stands."""
-        readout = {} if self._readout is None else {_READOUT: self._readout}
-        return self._sets[self.side] | readout | self._kept
+        return self._now | self.fixed
 
     @property
     def spare(self) -> Arrays:

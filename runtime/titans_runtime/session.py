@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from titans_runtime.readout import Keys, ReadoutEditor
 from titans_runtime.sampling import Sampling
 from titans_runtime.state import Snapshot, load_snapshot, save_snapshot
 from titans_runtime.tokens import Tokens, checked_tokens
+
+if TYPE_CHECKING:
+    from titans_runtime.batch import Batch
 
 SEGMENT: Final = 512
 """Tokens that the model takes at once; longer input is cut. Bounds a call's memory, but for its result."""
@@ -101,6 +104,16 @@ class Model:
         if isinstance(editor, _Recommended):
             editor = Editor.from_dict(recommended["editor"]) if recommended["editor"] else None
         return Session(self, checked_edit(strength, self.manifest.edit_layers), editor)
+
+    def batch(self, sessions: Sequence[Session]) -> Batch:
+        """Run several sessions in one call; see :class:`titans_runtime.batch.Batch`.
+
+        Raises:
+            UsageError: there is none, one is given twice, or one belongs to another model.
+        """
+        from titans_runtime.batch import Batch
+
+        return Batch(self, sessions)
 
     def load_session(self, path: str | os.PathLike[str]) -> Session:
         """Continue a stream from a memory file.
@@ -290,6 +303,11 @@ class Session:
         for start in range(0, len(ids), SEGMENT):
             part = slice(start, start + SEGMENT)
             self._run_segment(ids[part], logits[part], teach, report)
+        self._conclude(logits, began, report)
+        return logits
+
+    def _conclude(self, logits: Array, began: int, report: EditReport) -> None:
+        """Check what a call has scored from position ``began`` on, and note it."""
         if not np.isfinite(logits).all():
             bad = int(np.argmin(np.isfinite(logits).all(axis=1)))
             raise NumericsError(
@@ -297,14 +315,22 @@ class Session:
             )
         self._last_logits = logits[-1].copy()
         self.last_edit = report if self._readout else None
-        return logits
 
     def _run_segment(self, ids: Array, logits: Array, teach: bool, report: EditReport) -> None:
-        editor, position = self._readout, self.position
-        if editor:
-            editor.arrive(int(ids[0]), position, teach, report)
-        keys = self._key_buffer(len(ids)) if editor else None  # nobody else reads them
+        self._arrive(int(ids[0]), teach, report)
+        keys = self._key_buffer(len(ids)) if self._readout else None  # nobody else reads them
         self._run_model(ids, logits, keys)
+        self._buffers.swap()
+        self._learn(ids, logits, keys, teach, report)
+
+    def _arrive(self, token: int, teach: bool, report: EditReport) -> None:
+        """Before the model runs: learn from the period that ``token`` completes."""
+        if self._readout:
+            self._readout.arrive(token, self.position, teach, report)
+
+    def _learn(self, ids: Array, logits: Array, keys: Keys | None, teach: bool, report: EditReport) -> None:
+        """After the model has run: learn, or keep what is still to be learnt from."""
+        editor, position = self._readout, self.position
         if editor and keys is not None:
             if len(ids) <= editor.room(position):
                 editor.hold(ids, keys, logits, teach)
@@ -320,7 +346,6 @@ class Session:
             logits[:] = self._token_logits[0]
         else:
             self._bind(ids[None], logits[None], keys).run()
-        self._buffers.swap()
 
     def _key_buffer(self, tokens: int) -> Keys:
         if tokens == 1:
@@ -328,6 +353,11 @@ class Session:
         if self._segment_keys is None:  # kept: fresh memory for every segment costs time
             self._segment_keys = Keys.empty(SEGMENT, *self._key_shape)
         return self._segment_keys.part(slice(tokens))
+
+    def _take_over(self, sets: tuple[Arrays, Arrays], kept: Arrays) -> None:
+        """Go on in other arrays; see :meth:`StateBuffers.move`."""
+        self._buffers.move(sets, kept)
+        self._token_calls.clear()  # bound to the arrays before
 
     def _token_call(self, with_keys: bool) -> Call:
         """The one-token call for the buffers as they stand, bound when first needed."""
@@ -418,7 +448,9 @@ class Session:
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
         if not self._lock.acquire(blocking=False):
-            raise UsageError("the session is in use by another thread; give each stream a session of its own")
+            raise UsageError(
+                "the session is in use by another thread or a batch; give each stream a session of its own"
+            )
         try:
             yield
         finally:

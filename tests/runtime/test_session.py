@@ -464,7 +464,7 @@ def test_a_second_thread_is_refused_while_the_first_is_at_work(
     assert len(refused) >= 6
     for error in refused:
         assert isinstance(error, tr.UsageError)
-        assert "in use by another thread; give each stream a session of its own" in str(error)
+        assert "in use by another thread or a batch; give each stream a session of its own" in str(error)
     assert np.array_equal(logits, twin.append(b"abcd"))
     assert _in_another_thread(lambda: session.append(b"x")) is None, "one after the other is fine"
 

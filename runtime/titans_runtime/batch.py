@@ -1,0 +1,180 @@
+"""Several sessions in one call: streams at any position, each with its own memory and edit strength."""
+
+# ruff: noqa: SLF001 - a batch does what its sessions do, side by side: it is their friend
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+
+from titans_runtime.backends import Array, Arrays, Call
+from titans_runtime.editor import EditReport
+from titans_runtime.errors import UsageError
+from titans_runtime.readout import Keys
+from titans_runtime.session import SEGMENT
+from titans_runtime.tokens import Tokens, checked_tokens
+
+if TYPE_CHECKING:
+    from titans_runtime.session import Model, Session
+
+
+class Batch:
+    """Sessions whose states stand side by side, so that the model reads its weights once for all of them.
+
+    While the batch is open its sessions belong to it. Each is left with its own memory, as if it had run
+    alone. A call succeeds for all of them, or leaves all as they were.
+
+        with model.batch([first, second]) as batch:
+            logits = batch.append([b"some", b"tokens"])
+    """
+
+    def __init__(self, model: Model, sessions: Sequence[Session]) -> None:
+        """Use :meth:`titans_runtime.session.Model.batch`."""
+        if not sessions:
+            raise UsageError("batch: no sessions; give one or more")
+        if len({id(session) for session in sessions}) != len(sessions):
+            raise UsageError("batch: a session is given twice; fork it for a second stream")
+        if any(session.model is not model for session in sessions):
+            raise UsageError("batch: a session belongs to another model; batch those of one model")
+        self._model, self._sessions = model, tuple(sessions)
+        self._locks = contextlib.ExitStack()
+        self._sets: tuple[Arrays, Arrays] = ({}, {})
+        self._kept: Arrays = {}
+        self._edit = np.empty(0, np.float32)
+        self._calls: dict[int, tuple[Call, Array, Array, list[Keys]]] = {}
+        self._open = False
+
+    def __enter__(self) -> Self:
+        """Take the sessions.
+
+        Raises:
+            UsageError: one is in use, or the batch is open already.
+        """
+        if self._open:
+            raise UsageError("batch: is open already")
+        with contextlib.ExitStack() as locks:
+            for session in self._sessions:
+                locks.enter_context(session._exclusive())
+            first, count = self._sessions[0]._buffers, len(self._sessions)
+            self._sets = (_stacked(first.spare, count), _stacked(first.spare, count))
+            self._kept = _stacked(first.fixed, count)
+            self._edit = np.concatenate([session._edit for session in self._sessions])
+            for row, session in enumerate(self._sessions):
+                sets = (_row(self._sets[0], row), _row(self._sets[1], row))
+                session._take_over(sets, _row(self._kept, row))
+            self._locks = locks.pop_all()
+        self._open = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give every session arrays of its own again."""
+        self._open = False
+        self._calls.clear()
+        for session in self._sessions:
+            buffers = session._buffers
+            session._take_over(
+                (_stacked(buffers.spare, 1), _stacked(buffers.spare, 1)), _stacked(buffers.fixed, 1)
+            )
+        self._sets, self._kept = ({}, {}), {}
+        self._locks.close()
+
+    def append(self, tokens: Sequence[Tokens]) -> list[Array]:
+        """See tokens, and score the token after each of them: :meth:`Session.append` for every session.
+
+        Args:
+            tokens: for every session its own, in the order of the sessions. They may differ in number:
+                what some have more than the shortest runs by itself.
+
+        Returns:
+            For every session its logits ``(T, vocab)`` float32.
+
+        Raises:
+            UsageError: the batch is not open, or there are not as many token sequences as sessions.
+            TokenError: tokens of one are empty, of a wrong type, or out of range.
+            NumericsError: a value is not finite.
+        """
+        if not self._open:
+            raise UsageError("batch: is not open; use it in a with statement")
+        if len(tokens) != len(self._sessions):
+            raise UsageError(f"batch: {len(tokens)} token sequences for {len(self._sessions)} sessions")
+        ids = [checked_tokens(one, self._model.vocab_size) for one in tokens]
+        with contextlib.ExitStack() as transactions:
+            for session, one in zip(self._sessions, ids, strict=True):
+                transactions.enter_context(session._transaction(len(one)))
+            return self._advance(ids)
+
+    def _advance(self, ids: list[Array]) -> list[Array]:
+        logits = [np.empty((len(one), self._model.vocab_size), np.float32) for one in ids]
+        reports = [EditReport(tokens=len(one)) for one in ids]
+        began = [session.position for session in self._sessions]
+        shared = min(len(one) for one in ids)
+        for start in range(0, shared, SEGMENT):
+            part = slice(start, min(start + SEGMENT, shared))
+            self._run_segment([one[part] for one in ids], [one[part] for one in logits], reports)
+        for session, one, scored, report in zip(self._sessions, ids, logits, reports, strict=True):
+            for start in range(shared, len(one), SEGMENT):
+                part = slice(start, start + SEGMENT)
+                session._run_segment(one[part], scored[part], teach=True, report=report)
+        for session, scored, position, report in zip(self._sessions, logits, began, reports, strict=True):
+            session._conclude(scored, position, report)
+        return logits
+
+    def _run_segment(self, ids: list[Array], logits: list[Array], reports: list[EditReport]) -> None:
+        """One call of the model for all rows; every session edits its own memory before and after."""
+        for session, one, report in zip(self._sessions, ids, reports, strict=True):
+            session._arrive(int(one[0]), teach=True, report=report)
+        side = self._common_side()
+        call, inputs, outputs, keys = self._call(side, len(ids[0]))
+        np.stack(ids, out=inputs)
+        call.run()
+        for row, (session, one, report) in enumerate(zip(self._sessions, ids, reports, strict=True)):
+            logits[row][:] = outputs[row]
+            session._buffers.swap()
+            session._learn(one, logits[row], keys[row] if keys else None, teach=True, report=report)
+
+    def _common_side(self) -> int:
+        """The set of arrays that all rows stand in; rows that ran alone are brought back to it."""
+        sides = [session._buffers.side for session in self._sessions]
+        for session, side in zip(self._sessions, sides, strict=True):
+            if side != sides[0]:
+                session._buffers.cross_over()
+        return sides[0]
+
+    def _call(self, side: int, tokens: int) -> tuple[Call, Array, Array, list[Keys]]:
+        """The call, its tokens, logits and every row's keys. That of one token is kept."""
+        if tokens == 1 and side in self._calls:
+            return self._calls[side]
+        count, model = len(self._sessions), self._model
+        ids = np.empty((count, tokens), np.int64)
+        logits = np.empty((count, tokens, model.vocab_size), np.float32)
+        outputs: Arrays = {"logits": logits}
+        keys: list[Keys] = []
+        if any(session._readout for session in self._sessions):
+            width, contexts = self._sessions[0]._key_shape
+            dense = np.empty((count, tokens, width), np.float32)
+            rows = np.empty((count, tokens, contexts), np.int64)
+            outputs |= {"readout_key": dense, "readout_rows": rows}
+            keys = [Keys(dense[row], rows[row]) for row in range(count)]
+        past, spare = self._sets[side] | self._kept, self._sets[1 - side]
+        call = model.graph.bind(
+            {"input_ids": ids, "edit": self._edit, **{f"past.{name}": array for name, array in past.items()}},
+            outputs | {f"present.{name}": array for name, array in spare.items()},
+        )
+        if tokens == 1:
+            self._calls[side] = (call, ids, logits, keys)
+        return call, ids, logits, keys
+
+
+def _stacked(arrays: Arrays, count: int) -> Arrays:
+    """Room for ``count`` rows of every array."""
+    return {name: np.empty((count, *array.shape[1:]), array.dtype) for name, array in arrays.items()}
+
+
+def _row(arrays: Arrays, row: int) -> Arrays:
+    """One row of every array, as a view."""
+    return {name: array[row : row + 1] for name, array in arrays.items()}
