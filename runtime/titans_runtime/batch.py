@@ -103,16 +103,18 @@ class Batch:
         if len(tokens) != len(self._sessions):
             raise UsageError(f"batch: {len(tokens)} token sequences for {len(self._sessions)} sessions")
         ids = [checked_tokens(one, self._model.vocab_size) for one in tokens]
+        shared = min(len(one) for one in ids)
+        self._align()
         with contextlib.ExitStack() as transactions:
             for session, one in zip(self._sessions, ids, strict=True):
-                transactions.enter_context(session._transaction(len(one)))
-            return self._advance(ids)
+                runs = _segments(shared) + _segments(len(one) - shared)
+                transactions.enter_context(session._transaction(len(one), runs=runs))
+            return self._advance(ids, shared)
 
-    def _advance(self, ids: list[Array]) -> list[Array]:
+    def _advance(self, ids: list[Array], shared: int) -> list[Array]:
         logits = [np.empty((len(one), self._model.vocab_size), np.float32) for one in ids]
         reports = [EditReport(tokens=len(one)) for one in ids]
         began = [session.position for session in self._sessions]
-        shared = min(len(one) for one in ids)
         for start in range(0, shared, SEGMENT):
             part = slice(start, min(start + SEGMENT, shared))
             self._run_segment([one[part] for one in ids], [one[part] for one in logits], reports)
@@ -128,7 +130,7 @@ class Batch:
         """One call of the model for all rows; every session edits its own memory before and after."""
         for session, one, report in zip(self._sessions, ids, reports, strict=True):
             session._arrive(int(one[0]), teach=True, report=report)
-        side = self._common_side()
+        side = self._sessions[0]._buffers.side  # of all: they were aligned, and have run together since
         call, inputs, outputs, keys = self._call(side, len(ids[0]))
         np.stack(ids, out=inputs)
         call.run()
@@ -137,13 +139,15 @@ class Batch:
             session._buffers.swap()
             session._learn(one, logits[row], keys[row] if keys else None, teach=True, report=report)
 
-    def _common_side(self) -> int:
-        """The set of arrays that all rows stand in; rows that ran alone are brought back to it."""
-        sides = [session._buffers.side for session in self._sessions]
-        for session, side in zip(self._sessions, sides, strict=True):
-            if side != sides[0]:
+    def _align(self) -> None:
+        """Let all rows stand in the same set of arrays: some may have run alone.
+
+        Before the call begins, since it overwrites what a call returns to when it fails.
+        """
+        side = self._sessions[0]._buffers.side
+        for session in self._sessions:
+            if session._buffers.side != side:
                 session._buffers.cross_over()
-        return sides[0]
 
     def _call(self, side: int, tokens: int) -> tuple[Call, Array, Array, list[Keys]]:
         """The call, its tokens, logits and every row's keys. That of one token is kept."""
@@ -168,6 +172,10 @@ class Batch:
         if tokens == 1:
             self._calls[side] = (call, ids, logits, keys)
         return call, ids, logits, keys
+
+
+def _segments(tokens: int) -> int:
+    return -(-tokens // SEGMENT)
 
 
 def _stacked(arrays: Arrays, count: int) -> Arrays:

@@ -457,16 +457,17 @@ class Session:
             self._lock.release()
 
     @contextlib.contextmanager
-    def _transaction(self, tokens: int, hands_over: bool = False) -> Iterator[None]:
+    def _transaction(self, tokens: int, hands_over: bool = False, runs: int | None = None) -> Iterator[None]:
         """Undo a call that does not reach its end, Ctrl-C included.
 
         Args:
             tokens: that the call is given.
             hands_over: whether another editor may end the pending period.
+            runs: of the model, where they do not follow from the tokens.
         """
         position, last, edit = self.position, self._last_logits, self.edit
         editor, readout, unfinished = self.editor, self._readout, self._unfinished
-        self._buffers.hold(runs=-(-tokens // SEGMENT))
+        self._buffers.hold(runs=-(-tokens // SEGMENT) if runs is None else runs)
         pending = readout.mark(hands_over or readout.will_learn(position, tokens)) if readout else None
         try:
             yield

@@ -112,6 +112,27 @@ def test_a_failure_of_one_is_undone_for_all(
         batch.append(text)
 
 
+@pytest.mark.parametrize("first", [(1, 1, 1), (2, 1, 4), (1, 3, 2)])
+@pytest.mark.parametrize("lengths", [(1, 1, 1), (1, 2, 3), (3, 1, 1), (600, 513, 1100)])
+def test_rows_that_ran_alone_are_undone_too(
+    model: tr.Model, monkeypatch: pytest.MonkeyPatch, first: tuple[int, ...], lengths: tuple[int, ...]
+) -> None:
+    """A ragged call leaves rows in different sets of arrays; the next must not overwrite what it undoes."""
+    sessions = _sessions(model)
+    with model.batch(sessions) as batch:
+        batch.append([b"a" * length for length in first])
+        before = [session._snapshot() for session in sessions]
+
+        def fail(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(sessions[2], "_conclude", fail)
+        with pytest.raises(KeyboardInterrupt):
+            batch.append([b"b" * length for length in lengths])
+        for session, mark in zip(sessions, before, strict=True):
+            assert_same_snapshot(session._snapshot(), mark)
+
+
 def test_its_sessions_belong_to_the_batch(model: tr.Model) -> None:
     session, other = model.session(), model.session()
     with model.batch([session]) as batch:
