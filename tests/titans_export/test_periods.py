@@ -22,7 +22,7 @@ BATCH, HEADS, DIM = 3, 2, 6
 STEP = {0: 1.0, 1: 0.002, 2: 0.002, 3: 0.002, 4: 0.002}
 """Largest step by depth. The LayerNorm's ε of 1e-3 bounds the curvature of a deep memory's loss by about
 1,000: with larger steps the inner descent of one that has been forgotten overshoots, and amplifies rounding
-errors, in float64 and float32 alike."""
+errors, in float64 and float32 alike. The steps that a matrix takes at one point add up over a period."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,9 @@ class Case:
             key, value = (x[:, :, :1].expand(shape).contiguous() for x in (key, value))
         gates = [
             _log_gate(self.retention, normal(*shape[:3])),
-            STEP[self.form.depth] * normal(*shape[:3]).sigmoid(),
+            STEP[self.form.depth]
+            / (self.form.period if not self.form.depth else 1)
+            * normal(*shape[:3]).sigmoid(),
         ]
         if self.form.momentum:
             gates.append(_log_gate(self.decay, normal(*shape[:3])))
