@@ -9,7 +9,7 @@ PYTEST_WORKERS ?= auto
 export MPLBACKEND := Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format typecheck wheels clean
+.PHONY: help setup demo test suite lint format typecheck wheels clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,6 +32,10 @@ demo: $(STAMP) ## the whole way on a small model: export, run, edit
 # One thread a worker: pytest already fills the cores.
 test: lint typecheck ## lint, types and every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile
+
+# Suites that take long or need packages of their own: a test names its suite by a mark.
+suite: $(STAMP) ## an optional suite: make suite NAME=crash
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --suite $(NAME)
 
 lint: $(STAMP) ## ruff, rules and format
 	$(BIN)/ruff check

@@ -13,6 +13,22 @@ settings.register_profile("titans", deadline=None, print_blob=True)
 settings.load_profile("titans")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--suite", action="append", default=[], metavar="NAME", help="run an optional suite")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked ``suite("name")`` run when that suite is asked for, and then no others do."""
+    wanted = set(config.getoption("--suite"))
+    chosen = [item for item in items if wanted & _suites(item) or not (wanted or _suites(item))]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+    items[:] = chosen
+
+
+def _suites(item: pytest.Item) -> set[str]:
+    return {name for mark in item.iter_markers("suite") for name in mark.args}
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A `tiny` model with random weights, lively gates, and editing recommended."""
