@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +23,7 @@ from titans_export.training.checkpoint import load_checkpoint, round_to_half
 from titans_runtime import bundle as bundles
 from titans_runtime.editor import Editor
 from titans_runtime.errors import BundleError, DataError, UsageError
-from titans_runtime.files import write_atomically
+from titans_runtime.files import folder_beside, replace_folder, write_atomically
 from titans_runtime.verify import VerificationReport, verify
 
 EDITING_FILE = "editing.json"
@@ -41,7 +39,7 @@ def export_bundle(
 ) -> VerificationReport:
     """Export a checkpoint and verify the result against the PyTorch model's token loop.
 
-    The bundle is built beside ``bundle`` and moved into place once it has been verified.
+    The bundle is built beside ``bundle`` and put in its place, in one step, once it has been verified.
 
     Args:
         checkpoint: folder with ``config.json`` and ``weights.safetensors``.
@@ -54,15 +52,13 @@ def export_bundle(
         DataError: the checkpoint is damaged.
         UsageError: ``bundle`` holds anything but an intact bundle, or the vocabulary is not one of bytes.
         CheckFailed: the exported graphs do not reproduce the model; nothing is written.
+        EnvironmentProblem: the disk is full or cannot be written; an older bundle is as it was.
     """
     _refuse_foreign_folder(bundle)
     model, editing = load_checkpoint(checkpoint), read_editing(checkpoint)
     if weights == "float16":
         round_to_half(model)
-    bundle.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{bundle.name}.", dir=bundle.parent))
-    try:
-        work.chmod(0o755)
+    with folder_beside(bundle) as work:
         report("tracing the model and its gradient")
         rules = Rules(exact=memory_node, recurrence=recurrence_node)
         programs = [model_program(model, rules), readout_gradient_program(model.config)]
@@ -77,9 +73,7 @@ def export_bundle(
         report("replaying the goldens in ONNX Runtime")
         result = verify(work)
         result.raise_if_failed()
-        _move_into_place(work, bundle)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        replace_folder(bundle, work)
     return result
 
 
@@ -193,19 +187,3 @@ def _refuse_foreign_folder(bundle: Path) -> None:
         raise UsageError(
             f"--out {bundle}: is no intact bundle to replace ({error}); remove it first"
         ) from None
-
-
-def _move_into_place(work: Path, bundle: Path) -> None:
-    """Swap folders by renaming. A reader finds the old bundle or the new one, or for an instant none."""
-    if not bundle.exists():
-        work.replace(bundle)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{bundle.name}.old.", dir=bundle.parent)) / bundle.name
-    bundle.replace(old)
-    try:
-        work.replace(bundle)
-    except BaseException:
-        old.replace(bundle)
-        raise
-    finally:
-        shutil.rmtree(old.parent, ignore_errors=True)

@@ -1,14 +1,23 @@
-"""Files that are either the old one or the new one, whole, whatever happens while they are written."""
+"""Files and folders that are either the old one or the new one, whole, whatever happens meanwhile."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import os
 import secrets
+import shutil
 import stat
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from titans_runtime.errors import EnvironmentProblem
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+_NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)  # of the kernel, or of the file system
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -28,7 +37,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         if path.exists():
             temporary.chmod(stat.S_IMODE(path.stat().st_mode))
         temporary.replace(path)
-        _sync_folder(path.parent)
+        _sync(path.parent)
     except OSError as error:
         raise EnvironmentProblem(f"{path}: cannot be written ({error.strerror})") from None
     finally:
@@ -36,11 +45,89 @@ def write_atomically(path: Path, content: bytes) -> None:
             temporary.unlink()
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable, where the platform lets a folder be opened."""
+@contextlib.contextmanager
+def folder_beside(path: Path) -> Iterator[Path]:
+    """A new folder beside ``path`` to build it in. What it holds in the end is removed.
+
+    Raises:
+        EnvironmentProblem: the folder above ``path`` cannot be made or written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise EnvironmentProblem(f"{path}: cannot be written ({error.strerror})") from None
+    try:
+        folder.chmod(0o755)
+        yield folder
+    finally:
+        if folder.is_symlink():  # a link stood at `path`, and was exchanged for the folder
+            folder.unlink()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def replace_folder(path: Path, new: Path) -> None:
+    """Let the folder ``new`` stand at ``path``; what stood there before then stands at ``new``.
+
+    Both lie in one file system. Linux exchanges the two names in one step: whoever opens ``path``, at any
+    moment, finds the old folder or the new one. Where the system cannot, two renames do it, and a process
+    that is killed between them leaves the old folder under a name that begins with ``.<name>.``.
+
+    Raises:
+        EnvironmentProblem: the folders cannot be renamed; ``path`` is as it was.
+    """
+    try:
+        _sync_tree(new)
+        if path.is_dir() and any(path.iterdir()):
+            if not _exchange(new, path):
+                _swap_by_renames(new, path)
+        else:
+            new.replace(path)
+        _sync(path.parent)
+    except OSError as error:
+        raise EnvironmentProblem(f"{path}: cannot be replaced ({error.strerror})") from None
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one step; False where this system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # another system, or a C library without it
+        return False
+    if rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _NO_EXCHANGE:
+        return False
+    raise OSError(code, os.strerror(code), str(other))
+
+
+def _swap_by_renames(new: Path, path: Path) -> None:
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+    try:
+        old = path.replace(aside / path.name)
+        try:
+            new.replace(path)
+        except BaseException:
+            old.replace(path)
+            raise
+        old.replace(new)
+    finally:
+        with contextlib.suppress(OSError):  # not empty: it holds the old folder, which nobody may lose
+            aside.rmdir()
+
+
+def _sync_tree(folder: Path) -> None:
+    """Flush a folder with all that it holds to the disk."""
+    for path in (*folder.rglob("*"), folder):
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, where the platform lets a folder be opened."""
     if not hasattr(os, "O_DIRECTORY"):
         return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
