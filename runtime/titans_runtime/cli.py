@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_run(commands)
     _add_generate(commands)
+    _add_bench(commands)
     registered = list(entry_points(group="titans_runtime.commands"))
     for point in registered:
         point.load()(commands)
@@ -129,6 +130,14 @@ def _add_generate(commands: Subparsers) -> None:
     _add_editing(parser)
     _add_machine(parser)
     parser.set_defaults(handler=_lazily("generate"))
+
+
+def _add_bench(commands: Subparsers) -> None:
+    from titans_runtime.bench.options import add_options
+
+    parser = commands.add_parser("bench", help="time backends side by side on the same weights and tokens")
+    add_options(parser)
+    parser.set_defaults(handler=_lazily("bench"))
 
 
 def _add_editing(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ import argparse
 import codecs
 import json
 import math
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,15 @@ def generate(args: argparse.Namespace) -> int:
     if args.state_out:
         session.save(args.state_out)
     return 0
+
+
+def bench(args: argparse.Namespace) -> int:
+    """Time backends side by side; exit code 1 where one computed something else."""
+    from titans_runtime.bench.command import run_bench
+
+    text, agreed = run_bench(args, shlex.join(["titans", *sys.argv[1:]]))
+    print(text.rstrip())
+    return 0 if agreed else 1
 
 
 def _open_session(args: argparse.Namespace) -> Session:

@@ -1,0 +1,148 @@
+"""``titans bench``: options to contestants and cases, and the report in the formats asked for."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from titans_runtime.bench.measure import Absent, Case, Contestant, Measurement, cases, measure
+from titans_runtime.bench.options import FORMATS, REFERENCE
+from titans_runtime.bench.peers import Job, find_loader, known_backends
+from titans_runtime.bench.report import Record, record, to_csv, to_json, to_markdown
+from titans_runtime.bundle import open_bundle
+from titans_runtime.editor import Editor
+from titans_runtime.errors import EnvironmentProblem, UsageError
+from titans_runtime.files import write_atomically
+from titans_runtime.progress import progress_bar
+
+Value = TypeVar("Value", int, float)
+
+_TEXT: dict[str, Callable[[Record], str]] = {"md": to_markdown, "csv": to_csv, "json": to_json}
+
+
+def run_bench(args: argparse.Namespace, command: str) -> tuple[str, bool]:
+    """Measure and report.
+
+    Args:
+        args: parsed by :func:`titans_runtime.bench.options.add_options`.
+        command: that reproduces it, for the report.
+
+    Returns:
+        What goes to stdout, and whether every backend that ran computed what the reference computes.
+
+    Raises:
+        UsageError: an option cannot be meant.
+        BundleError: the bundle is damaged.
+    """
+    formats = _formats(args)
+    wanted = cases(
+        _numbers("-p", args.prefill, int, 0),
+        _numbers("-n", args.decode, int, 0),
+        _numbers("-b", args.batch, int, 1),
+        _numbers("-e", args.edit, float, 0),
+    )
+    threads = _numbers("-t", args.threads, int, 1)
+    if any(case.edit > 1 for case in wanted):
+        raise UsageError(f"-e {args.edit}: must lie between 0 and 1")
+    total = Measurement()
+    with _folder(args.work) as work:
+        for count in threads:
+            result = _measure(args, wanted, count, work)
+            total.rows += result.rows
+            total.absent += result.absent
+            total.versions |= result.versions
+    return _publish(record(total, command), formats, args.out), not any(one.refused for one in total.absent)
+
+
+def _measure(args: argparse.Namespace, wanted: list[Case], threads: int, work: Path) -> Measurement:
+    bundle = open_bundle(args.bundle)
+    editor = Editor.parse(args.editor) if args.editor else None
+    job = Job(args.bundle, args.checkpoint, threads, work, editor)
+    contestants, absent = _contestants(args, job)
+    result = measure(
+        contestants,
+        wanted,
+        bundle.manifest.vocab_size,
+        args.rounds,
+        args.tolerance,
+        lambda rounds: progress_bar(rounds, f"{threads} threads", "round"),
+    )
+    result.absent[:0] = absent
+    return result
+
+
+def _contestants(args: argparse.Namespace, job: Job) -> tuple[list[Contestant], list[Absent]]:
+    reference = find_loader(REFERENCE)
+    contestants, absent = [Contestant(REFERENCE, reference, job)], []
+    for name in _backends(args.backend):
+        try:
+            contestants.append(Contestant(name, find_loader(name), job))
+        except EnvironmentProblem as error:
+            absent.append(Absent(name, job.threads, str(error)))
+    for folder in args.beside:
+        label = folder.resolve().name
+        if any(one.name == label for one in contestants):
+            raise UsageError(f"--beside {folder}: {label!r} is taken; give its folder another name")
+        beside = Job(folder, None, job.threads, job.work, job.editor)
+        contestants.append(Contestant(label, reference, beside))
+    return contestants, absent
+
+
+def _backends(text: str) -> list[str]:
+    names = known_backends() if text == "all" else [name.strip() for name in text.split(",")]
+    return [name for name in dict.fromkeys(names) if name != REFERENCE]
+
+
+def _formats(args: argparse.Namespace) -> list[str]:
+    formats: list[str] = args.output.split(",")
+    for name in formats:
+        if name not in FORMATS:
+            raise UsageError(f"-o {name}: unknown; there are {', '.join(FORMATS)}")
+    if "plot" in formats and args.out is None:
+        raise UsageError("-o plot: give --out STEM, to write STEM.png")
+    if args.out is not None and not args.out.parent.is_dir():
+        raise UsageError(f"--out {args.out}: no such folder {args.out.parent}")
+    return formats
+
+
+def _publish(content: Record, formats: Sequence[str], out: Path | None) -> str:
+    if out is None:
+        return "\n".join(_TEXT[name](content) for name in formats)
+    written = []
+    for name in formats:
+        path = out.with_name(f"{out.name}.{'png' if name == 'plot' else name}")
+        write_atomically(path, _content(name, content))
+        written.append(str(path))
+    return "\n".join(written)
+
+
+def _content(name: str, content: Record) -> bytes:
+    if name == "plot":
+        from titans_runtime.bench.plot import to_png
+
+        return to_png(content)
+    return _TEXT[name](content).encode()
+
+
+def _numbers(option: str, text: str, kind: Callable[[str], Value], least: int) -> list[Value]:
+    try:
+        values = [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{option} {text}: expected numbers separated by commas") from None
+    if not all(value >= least for value in values):
+        raise UsageError(f"{option} {text}: must be {least} or more")
+    return values
+
+
+@contextlib.contextmanager
+def _folder(work: Path | None) -> Iterator[Path]:
+    if work is not None:
+        work.mkdir(parents=True, exist_ok=True)
+        yield work
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
