@@ -8,18 +8,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.numpy import save as save_arrays
 
 from titans_converters.onnx.files import write_models
 from titans_converters.onnx.function import OPSET
-from titans_converters.onnx.trace import memory_node, recurrence_node, trace
+from titans_converters.onnx.trace import trace
 from titans_converters.program import Axes, Program
-from titans_export.config import ModelConfig
-from titans_export.goldens import make_goldens
-from titans_export.model import Rules, TitansModel, state_schema
-from titans_export.programs import model_program, readout_gradient_program, state_axes
-from titans_export.recurrence_programs import recurrence_programs
-from titans_export.training.checkpoint import load_checkpoint, round_to_half
+from titans_export.exportable import Exportable, load_exportable
+from titans_export.training.checkpoint import round_to_half
 from titans_runtime import bundle as bundles
 from titans_runtime.editor import Editor
 from titans_runtime.errors import BundleError, DataError, UsageError
@@ -55,18 +52,16 @@ def export_bundle(
         EnvironmentProblem: the disk is full or cannot be written; an older bundle is as it was.
     """
     _refuse_foreign_folder(bundle)
-    model, editing = load_checkpoint(checkpoint), read_editing(checkpoint)
+    model, editing = load_exportable(checkpoint), read_editing(checkpoint)
     if weights == "float16":
-        round_to_half(model)
+        round_to_half(model.module)
     with folder_beside(bundle) as work:
         report("tracing the model and its gradient")
-        rules = Rules(exact=memory_node, recurrence=recurrence_node)
-        programs = [model_program(model, rules), readout_gradient_program(model.config)]
-        recurrences = recurrence_programs(model)
+        programs, recurrences = model.programs(), model.recurrences()
         graphs = {program.name: trace(program, recurrences) for program in programs}
         files = [*write_models(graphs, work, weights), *_write_learned_state(model, work)]
         report("running the reference for the goldens")
-        write_atomically(work / bundles.GOLDENS_NAME, save_arrays(make_goldens(model)))
+        write_atomically(work / bundles.GOLDENS_NAME, save_arrays(model.goldens()))
         bundles.write_manifest(
             work, _manifest(model, programs, work, [*files, bundles.GOLDENS_NAME], editing, weights)
         )
@@ -100,7 +95,7 @@ def read_editing(checkpoint: Path) -> dict[str, Any]:
     return {"edit": edit, "editor": editor}
 
 
-def _write_learned_state(model: TitansModel, folder: Path) -> list[str]:
+def _write_learned_state(model: Exportable, folder: Path) -> list[str]:
     """The memories that a stream begins with, where they are not zero."""
     learned = {name: tensor.detach().numpy() for name, tensor in model.learned_state().items()}
     if not learned:
@@ -110,25 +105,25 @@ def _write_learned_state(model: TitansModel, folder: Path) -> list[str]:
 
 
 def _manifest(
-    model: TitansModel,
+    model: Exportable,
     programs: list[Program],
     folder: Path,
     files: list[str],
     editing: dict[str, Any],
     weights: str,
 ) -> bundles.Manifest:
-    config = model.config
+    facts = model.facts()
     return bundles.Manifest.create(
         producer={
             name: version(name)
             for name in ("titans-export", "titans-converters", "torch", "onnx", "onnxscript")
         },
         requires={"onnxruntime": _LEAST_ONNXRUNTIME, "ir_version": _IR_VERSION, "opset": OPSET},
-        model=config.to_dict() | {"weights": weights},
-        tokenizer="bytes",
-        vocab_size=config.vocab_size,
-        edit_layers=config.layers,
-        graphs={program.name: _graph(program, config) for program in programs},
+        model=facts.model | {"weights": weights},
+        tokenizer=facts.tokenizer,
+        vocab_size=facts.vocab_size,
+        edit_layers=facts.edit_layers,
+        graphs={program.name: _graph(program) for program in programs},
         state=_state(model),
         tolerances={"atol": _TOLERANCE, "rtol": _TOLERANCE},
         recommended=editing,
@@ -136,15 +131,10 @@ def _manifest(
     )
 
 
-def _graph(program: Program, config: ModelConfig) -> bundles.GraphSpec:
-    dtypes = {
-        f"{side}.{name}": dtype for name, dtype in _dtypes(config).items() for side in ("past", "present")
-    }
-    dtypes |= {"input_ids": "int64", "readout_rows": "int64"}
-
+def _graph(program: Program) -> bundles.GraphSpec:
     def tensors(axes: dict[str, Axes]) -> tuple[bundles.TensorSpec, ...]:
         return tuple(
-            bundles.TensorSpec(name, dtypes.get(name, "float32"), shape) for name, shape in axes.items()
+            bundles.TensorSpec(name, _dtype_name(program.dtype(name)), shape) for name, shape in axes.items()
         )
 
     return bundles.GraphSpec(
@@ -152,22 +142,21 @@ def _graph(program: Program, config: ModelConfig) -> bundles.GraphSpec:
     )
 
 
-def _dtypes(config: ModelConfig) -> dict[str, str]:
-    """Dtype of every state entry."""
-    return {name: str(entry.dtype).removeprefix("torch.") for name, entry in state_schema(config).items()}
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def _state(model: TitansModel) -> tuple[bundles.StateSpec, ...]:
-    axes, learned, dtypes = state_axes(model.config), model.learned_state(), _dtypes(model.config)
+def _state(model: Exportable) -> tuple[bundles.StateSpec, ...]:
+    learned = model.learned_state()
     return tuple(
         bundles.StateSpec(
             name,
-            dtypes[name],
-            axes[name],
+            _dtype_name(entry.dtype),
+            ("batch", *entry.shape),
             bundles.INITIAL_NAME if name in learned else 0.0,
             entry.role,
         )
-        for name, entry in state_schema(model.config).items()
+        for name, entry in model.state().items()
     )
 
 

@@ -22,6 +22,7 @@ def model_program(model: TitansModel, rules: Rules) -> Program:
     copy.group_products()
     state = initial_state(config, _BATCH)
     axes = state_axes(config)
+    present_dtypes = {f"present.{name}": entry.dtype for name, entry in state_schema(config).items()}
     present = {f"present.{name}": shape for name, shape in axes.items() if name != "readout"}
     return Program(
         name="model",
@@ -42,7 +43,7 @@ def model_program(model: TitansModel, rules: Rules) -> Program:
             "readout_rows": ("batch", "tokens", len(config.readout_contexts)),
             **present,
         },
-        output_dtypes={"readout_rows": torch.int64},
+        output_dtypes={"readout_rows": torch.int64} | present_dtypes,
     )
 
 

@@ -14,8 +14,8 @@ from titans_runtime.backends import Array, Arrays, Call
 from titans_runtime.editor import EditReport
 from titans_runtime.errors import UsageError
 from titans_runtime.readout import Keys
-from titans_runtime.session import SEGMENT
-from titans_runtime.tokens import Tokens, checked_tokens
+from titans_runtime.session import SEGMENT, empty_sequence
+from titans_runtime.tokens import Tokens, checked_input
 
 if TYPE_CHECKING:
     from titans_runtime.session import Model, Session
@@ -102,7 +102,7 @@ class Batch:
             raise UsageError("batch: is not open; use it in a with statement")
         if len(tokens) != len(self._sessions):
             raise UsageError(f"batch: {len(tokens)} token sequences for {len(self._sessions)} sessions")
-        ids = [checked_tokens(one, self._model.vocab_size) for one in tokens]
+        ids = [checked_input(one, self._model.manifest) for one in tokens]
         shared = min(len(one) for one in ids)
         self._align()
         with contextlib.ExitStack() as transactions:
@@ -112,7 +112,7 @@ class Batch:
             return self._advance(ids, shared)
 
     def _advance(self, ids: list[Array], shared: int) -> list[Array]:
-        logits = [np.empty((len(one), self._model.vocab_size), np.float32) for one in ids]
+        logits = [np.empty((len(one), self._model.manifest.width), np.float32) for one in ids]
         reports = [EditReport(tokens=len(one)) for one in ids]
         began = [session.position for session in self._sessions]
         for start in range(0, shared, SEGMENT):
@@ -129,7 +129,7 @@ class Batch:
     def _run_segment(self, ids: list[Array], logits: list[Array], reports: list[EditReport]) -> None:
         """One call of the model for all rows; every session edits its own memory before and after."""
         for session, one, report in zip(self._sessions, ids, reports, strict=True):
-            session._arrive(int(one[0]), teach=True, report=report)
+            session._arrive(one[0], teach=True, report=report)
         side = self._sessions[0]._buffers.side  # of all: they were aligned, and have run together since
         call, inputs, outputs, keys = self._call(side, len(ids[0]))
         np.stack(ids, out=inputs)
@@ -154,9 +154,9 @@ class Batch:
         if tokens == 1 and side in self._calls:
             return self._calls[side]
         count, model = len(self._sessions), self._model
-        ids = np.empty((count, tokens), np.int64)
-        logits = np.empty((count, tokens, model.vocab_size), np.float32)
-        outputs: Arrays = {"logits": logits}
+        ids = empty_sequence(model.manifest, count, tokens)
+        logits = np.empty((count, tokens, model.manifest.width), np.float32)
+        outputs: Arrays = {model.manifest.scores.name: logits}
         keys: list[Keys] = []
         if any(session._readout for session in self._sessions):
             width, contexts = self._sessions[0]._key_shape
@@ -166,7 +166,11 @@ class Batch:
             keys = [Keys(dense[row], rows[row]) for row in range(count)]
         past, spare = self._sets[side] | self._kept, self._sets[1 - side]
         call = model.graph.bind(
-            {"input_ids": ids, "edit": self._edit, **{f"past.{name}": array for name, array in past.items()}},
+            {
+                model.manifest.sequence.name: ids,
+                "edit": self._edit,
+                **{f"past.{name}": array for name, array in past.items()},
+            },
             outputs | {f"present.{name}": array for name, array in spare.items()},
         )
         if tokens == 1:

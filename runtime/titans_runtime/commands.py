@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     """Score a file."""
     text = _read(args.file)
     session = _open_session(args)
+    _require_bytes(session, "run")
     starts = progress_bar(
         scoring.segment_starts(len(text)), "scoring", unit="B", scale=min(len(text), SEGMENT)
     )
@@ -77,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
 def generate(args: argparse.Namespace) -> int:
     """Continue a text, printing it as it comes."""
     session = _open_session(args)
+    _require_bytes(session, "generate")
     prompt = args.prompt.encode("utf-8", "surrogateescape")  # the bytes as they were typed
     if prompt:
         session.append(prompt)
@@ -122,6 +124,15 @@ def _open_session(args: argparse.Namespace) -> Session:
     return model.session(RECOMMENDED if args.edit is None else args.edit, editor)
 
 
+def _require_bytes(session: Session, command: str) -> None:
+    tokenizer = session.model.manifest.tokenizer
+    if tokenizer != "bytes":
+        raise UsageError(
+            f"{command}: the bundle's tokenizer is {tokenizer!r}, which no text goes into; "
+            "use titans_runtime.load(...).session() from Python"
+        )
+
+
 def _editor(text: str) -> Editor | None:
     return None if text == "none" else Editor.parse(text)
 
@@ -160,6 +171,7 @@ def _bundle_fields(folder: Path) -> dict[str, Any]:
         "producer": manifest.producer,
         "requires": manifest.requires,
         "model": manifest.model,
+        "tokenizer": manifest.tokenizer,
         "graphs": {name: graph.file for name, graph in manifest.graphs.items()},
         "state_bytes_per_session": state_bytes,
         "recommended": manifest.recommended,

@@ -12,7 +12,9 @@ from titans_runtime.json_reader import canonical
 
 FORMAT_VERSION = 1
 DTYPES = ("float32", "float16", "int64")
+IDS, VECTORS = "input_ids", "inputs"
 ROLES = ("memory", "momentum", "anchor", "window", "position")
+TOKENIZERS = ("bytes", "ids", "vectors")
 INITIAL_NAME = "initial.safetensors"
 _LARGEST = 3e38  # what float32 holds
 _MAX_AXIS = 2**31 - 1
@@ -81,6 +83,21 @@ class Manifest:
     recommended: dict[str, Any]
     files: dict[str, FileEntry]
 
+    @property
+    def sequence(self) -> TensorSpec:
+        """The input that has an axis of tokens: ids ``(batch, tokens)``, or vectors with one axis more."""
+        return _named(self.graphs["model"].inputs, VECTORS if self.tokenizer == "vectors" else IDS)
+
+    @property
+    def scores(self) -> TensorSpec:
+        """The output that belongs to it, ``(batch, tokens, width)``: logits, or answers to vectors."""
+        return _named(self.graphs["model"].outputs, "outputs" if self.tokenizer == "vectors" else "logits")
+
+    @property
+    def width(self) -> int:
+        """Last axis of :attr:`scores`."""
+        return int(self.scores.shape[-1])
+
     @classmethod
     def create(
         cls,
@@ -139,8 +156,8 @@ class Manifest:
             producer={name: str(value) for name, value in reader.mapping("producer").items()},
             requires=_requires(reader),
             model=reader.mapping("model"),
-            tokenizer=reader.choice("tokenizer", ("bytes",)),
-            vocab_size=reader.integer("vocab_size", 1),
+            tokenizer=reader.choice("tokenizer", TOKENIZERS),
+            vocab_size=reader.integer("vocab_size", 0),
             edit_layers=reader.integer("edit_layers", 0),
             graphs={
                 name: _graph(value, f"graphs.{name}") for name, value in reader.mapping("graphs").items()
@@ -179,7 +196,9 @@ def _check_consistency(manifest: Manifest) -> None:
     names = [entry.name for entry in manifest.state]
     if len(set(names)) != len(names):
         raise BundleError("titans.json: two state entries have the same name")
-    expected = {"input_ids", "edit", *(f"past.{name}" for name in names)}
+    _check_vocabulary(manifest)
+    sequence = VECTORS if manifest.tokenizer == "vectors" else IDS
+    expected = {sequence, "edit", *(f"past.{name}" for name in names)}
     if {tensor.name for tensor in manifest.graphs["model"].inputs} != expected:
         raise BundleError("titans.json: the inputs of graph 'model' do not follow from the state schema")
     learned = any(entry.initial == INITIAL_NAME for entry in manifest.state)
@@ -196,6 +215,13 @@ def _check_consistency(manifest: Manifest) -> None:
         )
 
 
+def _check_vocabulary(manifest: Manifest) -> None:
+    """Whether there is a vocabulary, and of which size, as the tokenizer asks for."""
+    tokenizer, size = manifest.tokenizer, manifest.vocab_size
+    if (tokenizer == "vectors") != (size == 0):
+        raise BundleError(f"titans.json: vocab_size is {size}, which the tokenizer {tokenizer!r} cannot have")
+
+
 def _check_widths(manifest: Manifest) -> None:
     """The sizes that the manifest states twice: a buffer of another size would fail in the graph."""
     graph = manifest.graphs["model"]
@@ -203,15 +229,34 @@ def _check_widths(manifest: Manifest) -> None:
     outputs = {tensor.name: tensor.shape for tensor in graph.outputs}
     for where, found, expected in (
         ("edit", inputs["edit"], ("batch", manifest.edit_layers)),
-        ("logits", outputs.get("logits"), ("batch", "tokens", manifest.vocab_size)),
-        ("readout_key", outputs.get("readout_key"), ("batch", "tokens", _size(outputs, "readout_key"))),
-        ("readout_rows", outputs.get("readout_rows"), ("batch", "tokens", _size(outputs, "readout_rows"))),
+        *_sequence_widths(manifest, inputs, outputs),
         *((f"past.{entry.name}", inputs[f"past.{entry.name}"], entry.shape) for entry in manifest.state),
     ):
         if found != expected:
             raise BundleError(
                 f"titans.json: graphs.model: {where} has shape {found}; the other fields ask for {expected}"
             )
+
+
+def _sequence_widths(
+    manifest: Manifest, inputs: dict[str, tuple[int | str, ...]], outputs: dict[str, tuple[int | str, ...]]
+) -> list[tuple[str, tuple[int | str, ...] | None, tuple[int | str, ...]]]:
+    """Found and expected shapes of what has an axis of tokens."""
+    if manifest.tokenizer == "vectors":
+        pairs = [(VECTORS, inputs), ("outputs", outputs)]
+        return [(name, of.get(name), ("batch", "tokens", _size(of, name))) for name, of in pairs]
+    found = [
+        (IDS, inputs[IDS], ("batch", "tokens")),
+        ("logits", outputs.get("logits"), ("batch", "tokens", manifest.vocab_size)),
+    ]
+    keys = ("readout_key", "readout_rows")
+    if any(entry.name == "readout" for entry in manifest.state) or outputs.keys() & set(keys):
+        found += [(name, outputs.get(name), ("batch", "tokens", _size(outputs, name))) for name in keys]
+    return found
+
+
+def _named(tensors: tuple[TensorSpec, ...], name: str) -> TensorSpec:
+    return next(tensor for tensor in tensors if tensor.name == name)
 
 
 def _size(outputs: dict[str, tuple[int | str, ...]], name: str) -> int | str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from titans_runtime.backends import Array, Arrays, Call
+from titans_runtime.backends import DTYPES, Array, Arrays, Call
 from titans_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from titans_runtime.buffers import StateBuffers
 from titans_runtime.bundle import Bundle, initial_state, open_bundle
@@ -21,7 +21,7 @@ from titans_runtime.manifest import Manifest
 from titans_runtime.readout import Keys, ReadoutEditor
 from titans_runtime.sampling import Sampling
 from titans_runtime.state import Snapshot, load_snapshot, save_snapshot
-from titans_runtime.tokens import Tokens, checked_tokens
+from titans_runtime.tokens import Tokens, checked_input
 
 if TYPE_CHECKING:
     from titans_runtime.batch import Batch
@@ -80,7 +80,7 @@ class Model:
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids."""
+        """Number of token ids; 0 for a model of vectors."""
         return self.manifest.vocab_size
 
     def session(
@@ -153,9 +153,10 @@ class Session:
         self._unfinished: tuple[int, Arrays] | None = None
         self._lock = threading.Lock()
         outputs = {tensor.name: tensor for tensor in model.manifest.graphs["model"].outputs}
-        self._key_shape = [int(outputs[name].shape[-1]) for name in ("readout_key", "readout_rows")]
-        self._token = np.zeros((1, 1), np.int64)
-        self._token_logits = np.empty((1, 1, model.vocab_size), np.float32)
+        keys = [name for name in ("readout_key", "readout_rows") if name in outputs]
+        self._key_shape = [int(outputs[name].shape[-1]) for name in keys] or [0, 0]
+        self._token = empty_sequence(model.manifest, 1, 1)
+        self._token_logits = np.empty((1, 1, model.manifest.width), np.float32)
         self._token_keys = Keys.empty(1, *self._key_shape)
         self._segment_keys: Keys | None = None
         self._token_calls: dict[tuple[int, bool], Call] = {}
@@ -174,17 +175,19 @@ class Session:
         """See tokens, and score the token after each of them.
 
         Args:
-            tokens: ids in ``0 … vocab_size - 1``: a sequence, an integer array of rank 1, or bytes.
+            tokens: ids in ``0 … vocab_size - 1``: a sequence, an integer array of rank 1, or bytes. For
+                a model of vectors, ``(T, width)``.
 
         Returns:
-            Logits ``(T, vocab)`` float32. Every row was computed before the memory saw its target.
+            Logits ``(T, vocab)`` float32. Every row was computed before the memory saw its target. For
+            a model of vectors, its answers ``(T, width)``.
 
         Raises:
             TokenError: the tokens are empty, of a wrong type, or out of range.
             NumericsError: a value is not finite.
             UsageError: another thread is using the session.
         """
-        ids = checked_tokens(tokens, self.model.vocab_size)
+        ids = checked_input(tokens, self.model.manifest)
         with self._exclusive(), self._transaction(len(ids)):
             return self._advance(ids, teach=True)
 
@@ -203,7 +206,7 @@ class Session:
             TokenError: the tokens are empty, of a wrong type, or out of range.
             NumericsError: a value is not finite.
         """
-        ids = checked_tokens(tokens, self.model.vocab_size)
+        ids = checked_input(tokens, self.model.manifest)
         if editor is None and self.editor is None:
             raise UsageError("observe: the session has no editor; give one, as in observe(tokens, Editor())")
         report = EditReport(tokens=len(ids))
@@ -240,11 +243,13 @@ class Session:
             prompt: tokens to append first, as :meth:`append` does, at once.
 
         Raises:
-            UsageError: nothing was appended yet, or a value is out of range.
+            UsageError: nothing was appended yet, a value is out of range, or the model has no vocabulary.
             TokenError: the prompt is empty, of a wrong type, or out of range.
         """
         if type(max_new_tokens) is not int or max_new_tokens < 0:
             raise UsageError(f"max_new_tokens is {max_new_tokens!r}; it must be an integer, 0 or more")
+        if not self.model.vocab_size:
+            raise UsageError("generate: the model takes vectors; it has no tokens to draw")
         if seed is not None and seed < 0:
             raise UsageError(f"seed is {seed}; it must be 0 or more")
         sampling = Sampling(temperature, top_k, top_p)
@@ -298,7 +303,7 @@ class Session:
 
     def _advance(self, ids: Array, teach: bool, report: EditReport | None = None) -> Array:
         report = EditReport(tokens=len(ids)) if report is None else report
-        logits = np.empty((len(ids), self.model.vocab_size), np.float32)
+        logits = np.empty((len(ids), self.model.manifest.width), np.float32)
         began = self.position
         for start in range(0, len(ids), SEGMENT):
             part = slice(start, start + SEGMENT)
@@ -317,16 +322,16 @@ class Session:
         self.last_edit = report if self._readout else None
 
     def _run_segment(self, ids: Array, logits: Array, teach: bool, report: EditReport) -> None:
-        self._arrive(int(ids[0]), teach, report)
+        self._arrive(ids[0], teach, report)
         keys = self._key_buffer(len(ids)) if self._readout else None  # nobody else reads them
         self._run_model(ids, logits, keys)
         self._buffers.swap()
         self._learn(ids, logits, keys, teach, report)
 
-    def _arrive(self, token: int, teach: bool, report: EditReport) -> None:
+    def _arrive(self, token: Array, teach: bool, report: EditReport) -> None:
         """Before the model runs: learn from the period that ``token`` completes."""
         if self._readout:
-            self._readout.arrive(token, self.position, teach, report)
+            self._readout.arrive(int(token), self.position, teach, report)
 
     def _learn(self, ids: Array, logits: Array, keys: Keys | None, teach: bool, report: EditReport) -> None:
         """After the model has run: learn, or keep what is still to be learnt from."""
@@ -370,9 +375,10 @@ class Session:
     def _bind(self, ids: Array, logits: Array, keys: Keys | None) -> Call:
         past, spare = self._buffers.past, self._buffers.spare
         wanted = {} if keys is None else {"readout_key": keys.dense[None], "readout_rows": keys.rows[None]}
+        sequence, scores = self.model.manifest.sequence.name, self.model.manifest.scores.name
         return self.model.graph.bind(
-            {"input_ids": ids, "edit": self._edit, **{f"past.{name}": past[name] for name in past}},
-            {"logits": logits, **wanted, **{f"present.{name}": spare[name] for name in spare}},
+            {sequence: ids, "edit": self._edit, **{f"past.{name}": past[name] for name in past}},
+            {scores: logits, **wanted, **{f"present.{name}": spare[name] for name in spare}},
         )
 
     def _generate(
@@ -397,7 +403,7 @@ class Session:
         return ReadoutEditor(editor, self.model.backend, self._buffers)
 
     @contextlib.contextmanager
-    def _edited_by(self, editor: Editor | None, token: int, report: EditReport) -> Iterator[None]:
+    def _edited_by(self, editor: Editor | None, token: Array, report: EditReport) -> Iterator[None]:
         """Edit with ``editor`` for one call that begins with ``token``.
 
         A period ends early where one editor hands over to another. The last position, whose target is
@@ -409,7 +415,7 @@ class Session:
         own_editor, own = self.editor, self._readout
         other = self._open_editor(editor)
         if own is not None:
-            own.hand_over(token, report)
+            own.hand_over(int(token), report)
         elif other is not None and self._unfinished and self._unfinished[0] == self.position:
             other.restore(self._unfinished[1])
         self._editor, self._readout = editor, other
@@ -479,6 +485,13 @@ class Session:
             if readout and pending:
                 readout.rewind(pending)
             raise
+
+
+def empty_sequence(manifest: Manifest, batch: int, tokens: int) -> Array:
+    """Room for what the model takes: ids ``(batch, tokens)``, or vectors with one axis more."""
+    spec = manifest.sequence
+    width = [axis for axis in spec.shape if isinstance(axis, int)]
+    return np.zeros((batch, tokens, *width), DTYPES[spec.dtype])
 
 
 def checked_edit(edit: float | Sequence[float], layers: int) -> tuple[float, ...]:

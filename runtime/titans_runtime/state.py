@@ -177,7 +177,9 @@ def _check_pending(path: Path, arrays: Arrays, manifest: Manifest, header: Mappi
     unknown = sorted(arrays.keys() - allowed)
     if unknown:
         raise StateError(f"{path}: tensor {unknown[0]} is unknown")
-    expected: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {"last_logits": ((vocab,), np.float32)}
+    expected: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {
+        "last_logits": ((manifest.width,), np.float32)
+    }
     readout = next((entry.row_shape for entry in manifest.state if entry.name == "readout"), (0,))
     outputs = {tensor.name: tensor.shape for tensor in manifest.graphs["model"].outputs}
     if (header["editor"] or {}).get("optimizer") == "adagrad" or ENERGY in arrays:

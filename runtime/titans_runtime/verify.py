@@ -13,7 +13,7 @@ from titans_runtime.backends import DTYPES, Array, Arrays, Backend
 from titans_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from titans_runtime.bundle import GOLDENS_NAME, Bundle, initial_state, open_bundle
 from titans_runtime.errors import BundleError, CheckFailed, TitansError, UsageError
-from titans_runtime.manifest import GraphSpec, TensorSpec
+from titans_runtime.manifest import IDS, VECTORS, GraphSpec, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _replay(bundle: Bundle, backend: Backend) -> Iterator[tuple[str, Array, Arra
         spec = bundle.manifest.graphs[graph]
         carried: Arrays = {}
         call = 0
-        while f"{case}.{graph}.{call}.input.input_ids" in goldens:
+        while _sequence(_part(goldens, f"{case}.{graph}.{call}.input.")) is not None:
             prefix = f"{case}.{graph}.{call}."
             inputs = _part(goldens, f"{prefix}input.")
             outputs = _run(backend, spec, graph, inputs, carried, initial)
@@ -172,6 +172,11 @@ def _case_and_graph(name: str) -> tuple[str, str]:
     return case, graph
 
 
+def _sequence(given: Arrays) -> Array | None:
+    """What has an axis of tokens: every call has it."""
+    return given.get(IDS, given.get(VECTORS))
+
+
 def _part(arrays: Arrays, prefix: str) -> Arrays:
     return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
 
@@ -179,7 +184,9 @@ def _part(arrays: Arrays, prefix: str) -> Arrays:
 def _run(
     backend: Backend, spec: GraphSpec, graph: str, given: Arrays, carried: Arrays, initial: Arrays
 ) -> Arrays:
-    batch, tokens = given["input_ids"].shape
+    sequence = _sequence(given)
+    assert sequence is not None
+    batch, tokens = sequence.shape[:2]
     axes = {"batch": batch, "tokens": tokens}
 
     def buffer(tensor: TensorSpec) -> Array:

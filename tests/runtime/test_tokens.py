@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.runtime.streams import assert_same_snapshot
 from titans_runtime import Model, TokenError
-from titans_runtime.tokens import checked_tokens
+from titans_runtime.tokens import checked_tokens, checked_vectors
 
 BAD = {
     "negative": ([1, -1], "token -1 at index 1; ids run from 0 to 255"),
@@ -75,3 +75,29 @@ def test_int64_ids_are_copied() -> None:
 def test_bytes_lists_and_arrays_are_the_same_tokens(text: bytes) -> None:
     for form in (bytearray(text), list(text), tuple(text), np.frombuffer(text, np.uint8), memoryview(text)):
         assert checked_tokens(form, 256).tolist() == checked_tokens(text, 256).tolist()
+
+
+def test_vectors_are_copied_as_float32() -> None:
+    given = np.arange(6.0).reshape(2, 3)
+    vectors = checked_vectors(given, 3)
+    assert vectors.dtype == np.float32
+    assert np.array_equal(vectors, given)
+    assert checked_vectors(given.astype(np.float32), 3) is not given
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([1, 2, 3], "of type int64; expected floats, \\(T, 3\\)"),
+        (b"abc", "expected floats"),
+        (np.zeros(3), "have shape \\(3,\\); expected \\(T, 3\\)"),
+        (np.zeros((2, 4)), "have shape \\(2, 4\\)"),
+        (np.zeros((0, 3)), "no vectors"),
+        ([[1.0, 2.0], [3.0]], "rows of different lengths"),
+        ([[0.0, 0.0, 0.0], [0.0, np.nan, 0.0]], "vector 1 holds values that are not finite"),
+        ([[1e300, 0.0, 0.0]], "vector 0 holds values that are not finite"),
+    ],
+)
+def test_what_is_no_sequence_of_vectors_is_refused(given: object, message: str) -> None:
+    with pytest.raises(TokenError, match=message):
+        checked_vectors(given, 3)

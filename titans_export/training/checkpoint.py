@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
+from torch import nn
 
 from titans_export.config import ModelConfig
 from titans_export.model import TitansModel
@@ -52,7 +53,7 @@ def load_checkpoint(folder: Path) -> TitansModel:
 
 
 @torch.no_grad()
-def round_to_half(model: TitansModel) -> None:
+def round_to_half(model: nn.Module) -> None:
     """Round every matrix of the weights to what float16 can hold; vectors keep their precision.
 
     Raises:
