@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from titans_converters.onnx import function as function_module
 from titans_converters.onnx.trace import memory_node, trace
-from titans_export import pipeline
+from titans_export import exportable, pipeline
 from titans_export.model import Rules, TitansModel
 from titans_export.pipeline import export_bundle, read_editing
 from titans_export.programs import model_program, readout_gradient_program
@@ -152,14 +152,14 @@ def test_wrong_export_leaves_the_older_bundle(
     monkeypatch: pytest.MonkeyPatch,
     fast_trace: None,
 ) -> None:
-    right = pipeline.make_goldens
+    right = exportable.make_goldens
 
     def wrong(model: TitansModel) -> dict[str, Any]:
         goldens = right(model)
         goldens["edit_off.model.2.output.logits"][0, 5, 7] += 0.01
         return goldens
 
-    monkeypatch.setattr(pipeline, "make_goldens", wrong)
+    monkeypatch.setattr(exportable, "make_goldens", wrong)
     out = tmp_path / "bundle"
     shutil.copytree(tiny_bundle, out)
     with pytest.raises(CheckFailed, match=r"edit_off\.model\.2\.logits is off by (1\.0|9\.9)\de-0[23]"):
