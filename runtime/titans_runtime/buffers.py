@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from titans_runtime.backends import Array, Arrays
@@ -88,6 +90,13 @@ class StateBuffers:
         """Take what the model has written as the state."""
         self.side = 1 - self.side
 
+    def not_finite(self) -> str | None:
+        """Name of an entry that the model has written and that holds a value that is not finite, or None."""
+        for name, array in self._now.items():
+            if array.dtype.kind == "f" and not _is_finite(array.reshape(-1)):
+                return name
+        return None
+
     def edit_readout(self, rows: Array) -> Array:
         """The readout memory ``(Dr, V)``, for the caller to change ``rows``, each named once."""
         new = rows[~self._is_put_aside[rows]]
@@ -127,3 +136,9 @@ class StateBuffers:
     def _now(self) -> Arrays:
         """The entries that the model changes, as they stand."""
         return self._sets[self.side]
+
+
+def _is_finite(array: Array) -> bool:
+    """Whether all of ``array (N,)`` is finite: a sum of squares says so, unless it is too large itself."""
+    with np.errstate(all="ignore"):
+        return math.isfinite(np.dot(array, array)) or bool(np.isfinite(array).all())

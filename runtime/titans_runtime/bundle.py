@@ -13,8 +13,8 @@ import numpy as np
 from safetensors.numpy import load as load_arrays
 
 from titans_runtime.backends import DTYPES, Arrays
-from titans_runtime.errors import BundleError
-from titans_runtime.files import write_atomically
+from titans_runtime.errors import BundleError, EnvironmentProblem
+from titans_runtime.files import open_without_waiting, write_atomically
 from titans_runtime.json_reader import MAX_BYTES, parse_object
 from titans_runtime.manifest import INITIAL_NAME, FileEntry, GraphSpec, Manifest, StateSpec, TensorSpec
 
@@ -67,6 +67,8 @@ def initial_state(bundle: Bundle) -> Arrays:
         if array is None or array.shape != entry.row_shape or array.dtype != dtype:
             expected = f"{dtype.name} {entry.row_shape}"
             raise BundleError(f"{bundle.folder / INITIAL_NAME}: {entry.name} is missing, or not {expected}")
+        if not np.isfinite(array).all():
+            raise BundleError(f"{bundle.folder / INITIAL_NAME}: {entry.name} holds what is not finite")
         state[entry.name] = array[None]
     return state
 
@@ -170,18 +172,17 @@ def _refuse_links(path: Path, status: os.stat_result) -> None:
 def _read_regular(path: Path, size: int | None) -> bytes:
     """Read a plain file through one descriptor, so that what was checked is what is read."""
     try:
-        # O_NONBLOCK: a named pipe must be refused, not waited for.
-        flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-        descriptor = os.open(path, flags)
+        with open_without_waiting(path, follow=False) as file:
+            status = os.fstat(file.fileno())
+            _refuse_links(path, status)
+            limit = MAX_BYTES if size is None else size
+            if status.st_size > limit or (size is not None and status.st_size != size):
+                raise BundleError(f"{path}: {status.st_size} bytes where {limit} were expected")
+            return file.read(status.st_size)
     except OSError as error:
         raise BundleError(f"{path}: cannot be read ({error.strerror})") from None
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(file.fileno())
-        _refuse_links(path, status)
-        limit = MAX_BYTES if size is None else size
-        if status.st_size > limit or (size is not None and status.st_size != size):
-            raise BundleError(f"{path}: {status.st_size} bytes where {limit} were expected")
-        return file.read(limit + 1)
+    except MemoryError:
+        raise EnvironmentProblem(f"{path}: does not fit into this machine's memory") from None
 
 
 __all__ = [

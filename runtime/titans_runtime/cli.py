@@ -48,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, which is its right
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except MemoryError:
+        print("titans: out of memory; free some, or use a smaller model or file", file=sys.stderr)
+        return EnvironmentProblem.exit_code
     except OSError as error:  # no permission, a name too long, a disk that is full
         print(f"titans: {error.filename or 'input or output'}: {error.strerror}", file=sys.stderr)
         return EnvironmentProblem.exit_code

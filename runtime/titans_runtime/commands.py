@@ -11,10 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from titans_runtime import scoring
-from titans_runtime.backends import DTYPES
 from titans_runtime.bundle import MANIFEST_NAME, open_bundle
 from titans_runtime.editor import Editor
 from titans_runtime.errors import DataError, UsageError
@@ -162,9 +159,6 @@ def _json_number(value: float) -> float | None:
 
 def _bundle_fields(folder: Path) -> dict[str, Any]:
     manifest = open_bundle(folder).manifest
-    state_bytes = sum(
-        np.dtype(DTYPES[entry.dtype]).itemsize * math.prod(entry.row_shape) for entry in manifest.state
-    )
     return {
         "format_version": manifest.format_version,
         "identity": manifest.identity,
@@ -173,7 +167,7 @@ def _bundle_fields(folder: Path) -> dict[str, Any]:
         "model": manifest.model,
         "tokenizer": manifest.tokenizer,
         "graphs": {name: graph.file for name, graph in manifest.graphs.items()},
-        "state_bytes_per_session": state_bytes,
+        "state_bytes_per_session": manifest.state_bytes,
         "recommended": manifest.recommended,
         "files": {name: entry.size for name, entry in manifest.files.items()},
     }

@@ -12,6 +12,7 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from titans_runtime.errors import EnvironmentProblem
 
@@ -43,6 +44,24 @@ def write_atomically(path: Path, content: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def open_without_waiting(path: Path, follow: bool = True) -> BinaryIO:
+    """Open a file to read. A named pipe is opened at once, for the caller to refuse, not waited for.
+
+    Args:
+        path: of the file.
+        follow: whether it may be a symbolic link.
+
+    Raises:
+        OSError: there is no such file, it is a folder, or cannot be read.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        stay = 0 if follow else getattr(os, "O_NOFOLLOW", 0)
+        return os.open(name, flags | stay | getattr(os, "O_NONBLOCK", 0))
+
+    return open(path, "rb", opener=opener)
 
 
 @contextlib.contextmanager

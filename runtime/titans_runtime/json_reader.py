@@ -44,10 +44,11 @@ def canonical(content: object) -> bytes:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key given twice: {next(n for n in names if names.count(n) > 1)!r}")
+    content: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in content:
+            raise ValueError(f"key given twice: {name!r}")
+        content[name] = value
     return content
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +19,12 @@ TOKENIZERS = ("bytes", "ids", "vectors")
 INITIAL_NAME = "initial.safetensors"
 _LARGEST = 3e38  # what float32 holds
 _MAX_AXIS = 2**31 - 1
+_LARGEST_INTEGER = 2**63 - 1
+_MAX_LAYERS = 2**16
+_MAX_TENSOR = 2**30  # elements of a tensor, at one batch row and as many tokens as a call takes at once
+_MOST = {"tokens": 512}
+_MAX_STATE = 4 * 2**30  # bytes of one session
+_SIZES = {"float32": 4, "float16": 2, "int64": 8}
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,11 @@ class Manifest:
         """Last axis of :attr:`scores`."""
         return int(self.scores.shape[-1])
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one session's state."""
+        return sum(_SIZES[entry.dtype] * math.prod(entry.row_shape) for entry in self.state)
+
     @classmethod
     def create(
         cls,
@@ -158,7 +170,7 @@ class Manifest:
             model=reader.mapping("model"),
             tokenizer=reader.choice("tokenizer", TOKENIZERS),
             vocab_size=reader.integer("vocab_size", 0),
-            edit_layers=reader.integer("edit_layers", 0),
+            edit_layers=reader.integer("edit_layers", 0, _MAX_LAYERS),
             graphs={
                 name: _graph(value, f"graphs.{name}") for name, value in reader.mapping("graphs").items()
             },
@@ -193,6 +205,10 @@ def _check_consistency(manifest: Manifest) -> None:
     for name, graph in manifest.graphs.items():
         if graph.file not in manifest.files:
             raise BundleError(f"titans.json: graphs.{name}.file {graph.file!r} is not among the files")
+    if manifest.state_bytes > _MAX_STATE:
+        raise BundleError(
+            f"titans.json: state takes {manifest.state_bytes} bytes a session; the limit is {_MAX_STATE}"
+        )
     names = [entry.name for entry in manifest.state]
     if len(set(names)) != len(names):
         raise BundleError("titans.json: two state entries have the same name")
@@ -288,10 +304,12 @@ class _Fields:
         self._read.add(name)
         return self._content.get(name)
 
-    def integer(self, name: str, least: int) -> int:
+    def integer(self, name: str, least: int, most: int = _LARGEST_INTEGER) -> int:
         value: int = self.take(name, int)
-        if not least <= value:
+        if value < least:
             raise BundleError(f"titans.json: {self._where}: {name} is {value}; at least {least}")
+        if value > most:
+            raise BundleError(f"titans.json: {self._where}: {name} is {value}; at most {most}")
         return value
 
     def string(self, name: str) -> str:
@@ -388,6 +406,9 @@ def _tensor(value: object, where: str) -> TensorSpec:
     fields = _Fields(value, where)
     spec = TensorSpec(fields.string("name"), fields.choice("dtype", DTYPES), _shape(fields, where))
     fields.end()
+    sizes = [axis if isinstance(axis, int) else _MOST.get(axis, 1) for axis in spec.shape]
+    if math.prod(sizes) > _MAX_TENSOR:
+        raise BundleError(f"titans.json: {where}: shape {list(spec.shape)} is beyond {_MAX_TENSOR} elements")
     return spec
 
 

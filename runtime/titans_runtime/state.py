@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
 from titans_runtime.backends import DTYPES, Array, Arrays
-from titans_runtime.errors import StateError
-from titans_runtime.files import write_atomically
-from titans_runtime.json_reader import canonical, parse_object
+from titans_runtime.editor import MAX_CHUNK
+from titans_runtime.errors import EnvironmentProblem, StateError
+from titans_runtime.files import open_without_waiting, write_atomically
+from titans_runtime.json_reader import MAX_BYTES, canonical, parse_object
 from titans_runtime.manifest import Manifest
 
 FORMAT_VERSION = 1
@@ -77,13 +80,13 @@ def load_snapshot(path: Path, manifest: Manifest) -> Snapshot:
         StateError: no memory file, damaged, of another format version, of another bundle, or its
             tensors do not fit.
     """
-    header, data = _open(path)
-    if header["bundle"] != manifest.identity:
-        raise StateError(
-            f"{path}: the memory of bundle {str(header['bundle'])[:12]}…, not of {manifest.identity[:12]}…; "
-            "open it with the bundle it was saved under"
-        )
-    arrays = _arrays(path, data, header)
+    with _opened(path) as (file, header):
+        if header["bundle"] != manifest.identity:
+            raise StateError(
+                f"{path}: the memory of bundle {str(header['bundle'])[:12]}…, not of "
+                f"{manifest.identity[:12]}…; open it with the bundle it was saved under"
+            )
+        arrays = _arrays(path, file, header, _most_bytes(manifest))
     _check_shapes(path, arrays, manifest)
     _check_pending(path, arrays, manifest, header)
     _check_finite(arrays, str(path))
@@ -99,46 +102,68 @@ def describe_snapshot(path: Path) -> dict[str, Any]:
     Raises:
         StateError: no memory file, or damaged.
     """
-    header, data = _open(path)
-    arrays = _arrays(path, data, header)
+    with _opened(path) as (file, header):
+        arrays = _arrays(path, file, header, _MAX_BYTES)
+        size = file.tell()
     shapes = {name: list(array.shape) for name, array in sorted(arrays.items())}
-    return header | {"tensors": shapes, "bytes": len(data)}
+    return header | {"tensors": shapes, "bytes": size}
 
 
-def _open(path: Path) -> tuple[dict[str, Any], bytes]:
-    data = _read(path)
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, dict[str, Any]]]:
+    """A memory file, of which the header alone has been read, and that header."""
     try:
-        (length,) = struct.unpack("<Q", data[:8])
-        tensors = parse_object(data[8 : 8 + length], str(path))
+        file = open_without_waiting(path)
+    except OSError as error:
+        raise StateError(f"{path}: cannot be read ({error.strerror})") from None
+    with file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise StateError(f"{path}: cannot be read (no plain file)")
+        yield file, _header(path, file)
+
+
+def _header(path: Path, file: BinaryIO) -> dict[str, Any]:
+    try:
+        (length,) = struct.unpack("<Q", file.read(8))
+        tensors = parse_object(file.read(min(length, MAX_BYTES + 1)), str(path))
         header = parse_object(tensors["__metadata__"][_METADATA_KEY].encode(), str(path))
+    except OSError as error:
+        raise StateError(f"{path}: cannot be read ({error.strerror})") from None
     except (struct.error, ValueError, KeyError, TypeError, AttributeError):
         raise StateError(f"{path}: no memory file of this project, or damaged") from None
     version = header.get("format_version")
     if version != FORMAT_VERSION:
-        raise StateError(f"{path}: memory format {version}; this runtime reads {FORMAT_VERSION}")
+        newer = type(version) is int and version > FORMAT_VERSION
+        fix = "install a newer titans-runtime" if newer else "open it with the titans-runtime that saved it"
+        raise StateError(f"{path}: memory format {version}; this runtime reads {FORMAT_VERSION}; {fix}")
     if sorted(header) != sorted(_FIELDS) or type(header["position"]) is not int or header["position"] < 0:
         raise StateError(f"{path}: the header is damaged; restore the file from a copy")
     if not isinstance(header["edit"], list) or not isinstance(header["editor"], dict | None):
         raise StateError(f"{path}: the header is damaged; restore the file from a copy")
-    return header, data
+    return header
 
 
-def _read(path: Path) -> bytes:
-    """Read a plain file of a sensible size: memory is taken for nothing else."""
+def _most_bytes(manifest: Manifest) -> int:
+    """More than any memory of the bundle takes: memory is taken for nothing larger.
+
+    State and what an optimizer keeps beside it, the pending positions of the longest period, the header.
+    """
+    outputs = {tensor.name: tensor.shape for tensor in manifest.graphs["model"].outputs}
+    position = 8 * (manifest.width + _last(outputs, "readout_key") + _last(outputs, "readout_rows") + 1)
+    return min(_MAX_BYTES, 2 * MAX_BYTES + 4 * manifest.state_bytes + MAX_CHUNK * position)
+
+
+def _arrays(path: Path, file: BinaryIO, header: Mapping[str, Any], most: int) -> Arrays:
+    size = file.seek(0, os.SEEK_END)
+    if size > most:
+        raise StateError(f"{path}: {size} bytes; a memory file has at most {most} here")
+    file.seek(0)
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise StateError(f"{path}: cannot be read (no plain file)")
-        if status.st_size > _MAX_BYTES:
-            raise StateError(f"{path}: {status.st_size} bytes; a memory file has at most {_MAX_BYTES}")
-        return path.read_bytes()
+        arrays: Arrays = load_arrays(file.read(size))
     except OSError as error:
         raise StateError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def _arrays(path: Path, data: bytes, header: Mapping[str, Any]) -> Arrays:
-    try:
-        arrays: Arrays = load_arrays(data)
+    except MemoryError:
+        raise EnvironmentProblem(f"{path}: {size} bytes do not fit into this machine's memory") from None
     except Exception:  # noqa: BLE001 - safetensors raises a type of its own
         raise StateError(f"{path}: damaged or truncated; restore the file from a copy") from None
     content = {name: value for name, value in header.items() if name != "digest"}

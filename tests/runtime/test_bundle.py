@@ -161,6 +161,32 @@ def test_files_in_a_plain_folder_are_allowed(bundle_copy: Path) -> None:
     assert _read(bundle_copy, "inner/weights.bin") == _read(bundle_copy, "weights.bin")
 
 
+@pytest.mark.parametrize("name", ["weights.bin", MANIFEST_NAME])
+def test_a_folder_under_a_files_name_is_refused(bundle_copy: Path, name: str) -> None:
+    (bundle_copy / name).unlink()
+    (bundle_copy / name).mkdir()
+    _refused(bundle_copy, str(bundle_copy / name))
+
+
+def test_a_file_that_fits_no_memory_is_a_matter_of_the_machine(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(*arguments: object, **settings: object) -> None:
+        raise MemoryError
+
+    bundle = open_bundle(tiny_bundle)
+    monkeypatch.setattr("titans_runtime.bundle.open_without_waiting", exhausted)
+    with pytest.raises(tr.EnvironmentProblem, match=r"weights\.bin: does not fit into this machine's memory"):
+        bundle.read("weights.bin")
+
+
+def test_a_key_given_twice_is_found_at_once_among_many(bundle_copy: Path) -> None:
+    """Not in a time that grows with the square of the keys, as it once did: this would take an hour."""
+    keys = ",".join(f'"{number}":0' for number in range(300_000))
+    (bundle_copy / MANIFEST_NAME).write_text("{" + keys + ',"299999":0}', encoding="utf-8")
+    _refused(bundle_copy, "key given twice: '299999'")
+
+
 def test_what_is_not_listed_cannot_be_read(tiny_bundle: Path) -> None:
     for name in (MANIFEST_NAME, "../secret", "other"):
         with pytest.raises(tr.BundleError, match=r"not listed in titans\.json"):
@@ -254,6 +280,14 @@ def test_learned_memories_that_do_not_fit_are_refused(bundle_copy: Path, fault: 
     with pytest.raises(
         tr.BundleError, match=rf"initial\.safetensors: {entry.name} is missing, or not float32"
     ):
+        initial_state(bundle)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_learned_memories_that_are_not_finite_are_refused(bundle_copy: Path, value: float) -> None:
+    entry = open_bundle(bundle_copy).manifest.state[0]
+    bundle = _with_learned_state(bundle_copy, {entry.name: np.full(entry.row_shape, value, np.float32)})
+    with pytest.raises(tr.BundleError, match=rf"safetensors: {entry.name} holds what is not finite"):
         initial_state(bundle)
 
 

@@ -101,6 +101,16 @@ BAD = [
     (_set("files", "model.onnx", "sha256", value="ABC"), "sha256 is no SHA-256"),
     (_set("files", "model.onnx", "size", value=-1), "size is -1; at least 0"),
     (_set("identity", value="no"), "identity is no SHA-256"),
+    (_set("edit_layers", value=2**16 + 1), "edit_layers is 65537; at most 65536"),
+    (_set("files", "model.onnx", "size", value=2**63), "size is 9223372036854775808; at most"),
+    (
+        _set("state", 0, "shape", value=["batch", 2**31 - 1, 2]),
+        "state takes .* bytes a session; the limit",
+    ),
+    (
+        _set("graphs", "model", "outputs", 0, "shape", value=["batch", "tokens", 2**22]),
+        "is beyond 1073741824 elem",
+    ),
 ]
 
 

@@ -380,9 +380,42 @@ def test_a_memory_that_is_not_finite_is_found_and_named_by_token(model: tr.Model
     session.append(b"abc")
     session._buffers.past["layers.0.memory"][...] = np.nan
     before = session.snapshot()
-    with pytest.raises(tr.NumericsError, match="logits after token 3 are not finite"):
+    named = (
+        r"logits after token 3 are not finite, nor is the state layers\.0\.memory; the session is as it was"
+    )
+    with pytest.raises(tr.NumericsError, match=named):
         session.append(b"defg")
     assert_same_snapshot(session.snapshot(), before)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("text", [b"d", b"defg", LONG[:SEGMENT]])
+def test_a_memory_is_looked_at_where_the_logits_are_still_sound(
+    model: tr.Model, monkeypatch: pytest.MonkeyPatch, value: float, text: bytes
+) -> None:
+    """Else the call would succeed, and the session be lost with the next one."""
+    session = model.session(0.5, None)
+    session.append(b"abc")
+    before, twin = session.snapshot(), session.fork()
+    run = session._run_segment
+
+    def broken(*arguments: object) -> None:
+        run(*arguments)
+        session._buffers.past["layers.1.momentum"].reshape(-1)[-1] = value
+
+    last = 2 + len(text)
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "_run_segment", broken)
+        with pytest.raises(tr.NumericsError, match=rf"layers\.1\.momentum is not finite after token {last};"):
+            session.append(text)
+    assert_same_snapshot(session.snapshot(), before)
+    assert _continuation(session) == _continuation(twin)
+
+
+def test_a_large_memory_is_finite_though_its_squares_are_not(model: tr.Model) -> None:
+    session = model.session(0.5, None)
+    session._buffers.past["layers.0.memory"][...] = 3e38
+    assert session._buffers.not_finite() is None
 
 
 def test_ctrl_c_within_a_restore_is_undone(model: tr.Model, monkeypatch: pytest.MonkeyPatch) -> None:

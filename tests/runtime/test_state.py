@@ -205,7 +205,7 @@ def test_an_unknown_format_version_is_refused(
     with monkeypatch.context() as patch:
         patch.setattr("titans_runtime.state.FORMAT_VERSION", 2)
         save_snapshot(snapshot, tmp_path / "memory")
-    with pytest.raises(tr.StateError, match="memory format 2; this runtime reads 1"):
+    with pytest.raises(tr.StateError, match="memory format 2; this runtime reads 1; install a newer titans-"):
         model.load_session(tmp_path / "memory")
 
 
@@ -308,15 +308,37 @@ def test_the_file_is_a_safetensors_file_with_one_metadata_key(memory: Path) -> N
     assert fields == json.loads(header["__metadata__"]["titans"]).keys()
 
 
-@pytest.mark.parametrize("read", [describe_snapshot, None], ids=["inspect", "load"])
+@pytest.mark.parametrize(
+    ("read", "most"), [(describe_snapshot, "4294967296"), (None, r"\d{8}")], ids=["inspect", "load"]
+)
 def test_a_file_of_no_sensible_size_is_not_read(
-    model: tr.Model, tmp_path: Path, read: Callable[[Path], object] | None
+    model: tr.Model, memory: Path, tmp_path: Path, read: Callable[[Path], object] | None, most: str
 ) -> None:
+    """A header that fits, and then more than any machine could read; on the disk it takes nothing."""
     path = tmp_path / "huge"
-    with path.open("wb") as file:
-        file.truncate(2**40)  # more than any machine could read; on the disk it takes nothing
-    with pytest.raises(tr.StateError, match="1099511627776 bytes; a memory file has at most 4294967296"):
+    path.write_bytes(memory.read_bytes())
+    with path.open("ab") as file:
+        file.truncate(2**40)
+    with pytest.raises(tr.StateError, match=f"1099511627776 bytes; a memory file has at most {most} here"):
         (read or model.load_session)(path)
+
+
+def test_the_longest_memory_of_a_bundle_is_within_its_limit(model: tr.Model, tmp_path: Path) -> None:
+    session = model.session(0.5, tr.Editor(step=0.5, chunk=1024, optimizer="adagrad"))
+    session.append(bytes(1024))
+    session.save(tmp_path / "memory")
+    assert model.load_session(tmp_path / "memory").position == 1024
+
+
+@pytest.mark.parametrize("length", [2**63, 2**64 - 1, 2**40, 4 * 2**20 + 1])
+def test_a_header_of_no_sensible_size_is_not_read(model: tr.Model, tmp_path: Path, length: int) -> None:
+    path = tmp_path / "memory"
+    with path.open("wb") as file:
+        file.write(length.to_bytes(8, "little"))
+        file.truncate(2**40)
+    for read in (model.load_session, describe_snapshot):
+        with pytest.raises(tr.StateError, match="no memory file of this project, or damaged"):
+            read(path)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
