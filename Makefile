@@ -9,7 +9,7 @@ PYTEST_WORKERS ?= auto
 export MPLBACKEND := Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test suite lint format typecheck wheels clean
+.PHONY: help setup demo test suite lint format typecheck schema wheels clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -47,6 +47,9 @@ format: $(STAMP) ## let ruff rewrite what it can
 
 typecheck: $(STAMP) ## mypy, strict, on the three packages
 	$(BIN)/mypy
+
+schema: $(STAMP) ## the JSON Schemas of docs/schema, from the code
+	$(BIN)/python -m titans_runtime.schema docs/schema
 
 wheels: $(STAMP) ## the three wheels, in dist/
 	rm -rf dist

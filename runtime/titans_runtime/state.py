@@ -136,7 +136,8 @@ def _header(path: Path, file: BinaryIO) -> dict[str, Any]:
         newer = type(version) is int and version > FORMAT_VERSION
         fix = "install a newer titans-runtime" if newer else "open it with the titans-runtime that saved it"
         raise StateError(f"{path}: memory format {version}; this runtime reads {FORMAT_VERSION}; {fix}")
-    if sorted(header) != sorted(_FIELDS) or type(header["position"]) is not int or header["position"] < 0:
+    position = header.get("position")
+    if sorted(header) != sorted(_FIELDS) or type(position) is not int or not 0 <= position < 2**63:
         raise StateError(f"{path}: the header is damaged; restore the file from a copy")
     if not isinstance(header["edit"], list) or not isinstance(header["editor"], dict | None):
         raise StateError(f"{path}: the header is damaged; restore the file from a copy")
