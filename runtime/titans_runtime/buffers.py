@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 
-from titans_runtime.backends import Array, Arrays
+from titans_runtime.backends import ON_HOST, Array, Arrays, Residence
 from titans_runtime.manifest import Manifest
 
 _READOUT = "readout"
@@ -19,10 +20,20 @@ class StateBuffers:
     let a graph overwrite what it still reads. So a call that fails finds the state before it untouched:
     nothing is copied, but where a call runs the model more than once. Of the readout memory, of which an
     editor changes a few rows between runs, those rows are put aside.
+
+    A backend may keep twins of the arrays on a device: it is asked for them before they are read here,
+    and told after they were written.
     """
 
-    def __init__(self, manifest: Manifest, initial: Arrays) -> None:
-        """Allocate both sets, filled with ``initial``, one row of every entry."""
+    def __init__(self, manifest: Manifest, initial: Arrays, residence: Residence = ON_HOST) -> None:
+        """Allocate both sets, filled with ``initial``, one row of every entry.
+
+        Args:
+            manifest: of the bundle.
+            initial: one row of every entry.
+            residence: of the backend that will run on the buffers.
+        """
+        self._residence = residence
         outputs = {tensor.name for tensor in manifest.graphs["model"].outputs}
         first: Arrays = {}
         self._kept: Arrays = {}  # entries that nothing changes
@@ -49,10 +60,8 @@ class StateBuffers:
             sets: for the entries that the model changes, by name.
             kept: for all others, the readout memory among them.
         """
-        for name, array in self._now.items():
-            np.copyto(sets[0][name], array)
-        for name, array in self.fixed.items():
-            np.copyto(kept[name], array)
+        self._copy((sets[0][name], array) for name, array in self._now.items())
+        self._copy((kept[name], array) for name, array in self.fixed.items())
         self._sets, self.side, self._held = sets, 0, 0
         self._kept = {name: kept[name] for name in self._kept}
         if self._readout is not None:
@@ -61,8 +70,7 @@ class StateBuffers:
 
     def cross_over(self) -> None:
         """Let the state stand in the other set."""
-        for name, array in self._now.items():
-            np.copyto(self.spare[name], array)
+        self._copy((self.spare[name], array) for name, array in self._now.items())
         self.swap()
 
     @property
@@ -72,8 +80,13 @@ class StateBuffers:
 
     @property
     def past(self) -> Arrays:
-        """Every entry as it stands."""
+        """Every entry as it stands, for graphs; to read them, see :meth:`read`."""
         return self._now | self.fixed
+
+    def read(self) -> Arrays:
+        """Every entry as it stands, for the host to read."""
+        self._residence.fetch(self._now.values())
+        return self.past
 
     @property
     def spare(self) -> Arrays:
@@ -91,7 +104,12 @@ class StateBuffers:
         self.side = 1 - self.side
 
     def not_finite(self) -> str | None:
-        """Name of an entry that the model has written and that holds a value that is not finite, or None."""
+        """Name of an entry that the model has written and that holds a value that is not finite, or None.
+
+        State on a device is not brought here for this: it is looked at when it is saved.
+        """
+        if self._residence is not ON_HOST:
+            return None
         for name, array in self._now.items():
             if array.dtype.kind == "f" and not _is_finite(array.reshape(-1)):
                 return name
@@ -103,6 +121,7 @@ class StateBuffers:
         if len(new):
             self._put_aside.append((new, self.readout[0, new]))
             self._is_put_aside[new] = True
+        self._residence.changed([self.readout])
         memory: Array = self.readout[0]
         return memory
 
@@ -110,27 +129,38 @@ class StateBuffers:
         """Remember the state as it stands; the model will run ``runs`` times on it."""
         self._held = self.side
         # The second run writes where the first one has read.
-        self._copies = {name: array.copy() for name, array in self._now.items()} if runs > 1 else None
+        self._copies = self._copies_now() if runs > 1 else None
         for rows, _ in self._put_aside:
             self._is_put_aside[rows] = False
         self._put_aside.clear()
 
+    def _copies_now(self) -> Arrays:
+        self._residence.fetch(self._now.values())
+        return {name: array.copy() for name, array in self._now.items()}
+
     def rewind(self) -> None:
         """Return to the state that :meth:`hold` saw."""
         self.side = self._held
-        if self._copies is not None:
-            for name, array in self._now.items():
-                np.copyto(array, self._copies[name])
+        copies = self._copies
+        if copies is not None:
+            self._copy((array, copies[name]) for name, array in self._now.items())
         for rows, content in self._put_aside:
             self.readout[0, rows] = content
+        self._residence.changed([] if self._readout is None else [self._readout])
 
     def restore(self, arrays: Arrays) -> None:
         """Take ``state.<name>`` of a snapshot as the state; the one before it stays whole."""
-        for name, array in (self.spare | self._kept).items():
-            np.copyto(array, arrays[f"state.{name}"])
+        self._copy((array, arrays[f"state.{name}"]) for name, array in (self.spare | self._kept).items())
         if self._readout is not None:
             self.edit_readout(np.arange(self._readout.shape[1]))[:] = arrays[f"state.{_READOUT}"][0]
         self.side = 1 - self.side
+
+    def _copy(self, pairs: Iterable[tuple[Array, Array]]) -> None:
+        """Copy each second array into the first."""
+        for target, source in pairs:
+            self._residence.fetch((target, source))
+            np.copyto(target, source)
+            self._residence.changed((target,))
 
     @property
     def _now(self) -> Arrays:

@@ -30,7 +30,7 @@ def verify(args: argparse.Namespace) -> int:
             {"name": c.name, "error": _json_number(c.error), "limit": c.limit, "passed": c.passed}
             for c in report.checks
         ]
-        print(json.dumps({"passed": report.passed, "checks": checks}))
+        print(json.dumps({"passed": report.passed, "checks": checks, "placements": dict(report.placements)}))
     else:
         print("\n".join(report.lines()))
     return 0 if report.passed else 1

@@ -146,7 +146,7 @@ class Session:
         self.position = 0
         self.last_edit: EditReport | None = None
         self._edit = np.array([edit], np.float32).reshape(1, -1)
-        self._buffers = StateBuffers(model.manifest, model.initial)
+        self._buffers = StateBuffers(model.manifest, model.initial, model.backend.residence)
         self._last_logits: Array | None = None
         self._readout = self._open_editor(editor)
         # Without an editor of its own, `observe` leaves its last position here: (next position, arrays).
@@ -436,7 +436,7 @@ class Session:
         self._editor, self._readout = own_editor, own
 
     def _snapshot(self) -> Snapshot:
-        arrays: Arrays = {f"state.{name}": array.copy() for name, array in self._buffers.past.items()}
+        arrays: Arrays = {f"state.{name}": array.copy() for name, array in self._buffers.read().items()}
         if self._readout:
             arrays |= self._readout.accumulated()
             arrays |= self._readout.export() if self._readout.count else {}

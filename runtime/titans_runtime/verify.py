@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from safetensors.numpy import load as load_arrays
 
 from titans_runtime.backends import DTYPES, Array, Arrays, Backend
 from titans_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from titans_runtime.backends.placement import Placement, placement_lines
 from titans_runtime.bundle import GOLDENS_NAME, Bundle, initial_state, open_bundle
 from titans_runtime.errors import BundleError, CheckFailed, TitansError, UsageError
 from titans_runtime.manifest import IDS, VECTORS, GraphSpec, TensorSpec
@@ -43,9 +44,10 @@ class Check:
 
 @dataclass(frozen=True)
 class VerificationReport:
-    """All checks of a bundle."""
+    """All checks of a bundle, and for every graph which provider ran how many nodes."""
 
     checks: tuple[Check, ...]
+    placements: Mapping[str, Placement | None] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -57,6 +59,7 @@ class VerificationReport:
         lines = [check.line() for check in self.checks]
         failed = sum(not check.passed for check in self.checks)
         total = len(self.checks)
+        lines += [line for name, one in self.placements.items() for line in placement_lines(one, name)]
         return [*lines, f"FAILED: {failed} of {total} outputs" if failed else f"PASSED: {total} outputs"]
 
     def raise_if_failed(self) -> None:
@@ -113,7 +116,7 @@ def verify(
         checks.append(Check(name, _difference(actual, expected), limit))
     if not checks:
         raise BundleError(f"{bundle.folder}: {GOLDENS_NAME} holds no expected outputs; export again")
-    return VerificationReport(tuple(checks))
+    return VerificationReport(tuple(checks), backend.placements)
 
 
 def _checked_replay(bundle: Bundle, backend: Backend) -> Iterator[tuple[str, Array, Array]]:
@@ -202,4 +205,5 @@ def _run(
         inputs[tensor.name] = buffer(tensor) if value is None else np.ascontiguousarray(value)
     outputs = {tensor.name: buffer(tensor) for tensor in spec.outputs}
     backend.graph(graph).bind(inputs, outputs).run()
+    backend.residence.fetch(outputs.values())
     return outputs

@@ -168,7 +168,7 @@ class _Checker:
         memory = self.shapes.get(node.input[memory_op.INPUTS.index("past_memory")], [])
         if len(memory) == len("BHKV") and all(memory[1:]):
             try:
-                KernelSizes(*memory[1:], block=16)
+                KernelSizes(memory[1], memory[2], memory[3], block=16)
             except UsageError as error:
                 return str(error)
         return None
@@ -194,7 +194,7 @@ class _Checker:
             return f"domain {node.domain} is unknown to TensorRT and has no body here"
         if node.op_type not in IMPORTED:
             return "not imported by the parser"
-        if node.op_type == "Cast" and _attributes(node).get("to") in map(str, _REFUSED_TYPES):
+        if node.op_type == "Cast" and _attributes(node).get("to", "") in {str(one) for one in _REFUSED_TYPES}:
             return "casts to a type that TensorRT has not"
         inner = [
             fate

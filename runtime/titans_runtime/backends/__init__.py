@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -18,11 +18,37 @@ DTYPES: dict[str, type[np.generic]] = {"float32": np.float32, "float16": np.floa
 """NumPy types of the manifest's dtype names."""
 
 
+class Residence(Protocol):
+    """Where bound arrays really are. Told before the host reads them, and when it has written them."""
+
+    def fetch(self, arrays: Iterable[Array]) -> None:
+        """Let arrays, or views of them, hold what graphs have written last.
+
+        Also before the host writes a part of an array.
+        """
+
+    def changed(self, arrays: Iterable[Array]) -> None:
+        """The host has written arrays, or views of them, or will before the next run."""
+
+
+class _OnHost:
+    """Arrays that graphs read and write in place."""
+
+    def fetch(self, arrays: Iterable[Array]) -> None:
+        """Nothing to do."""
+
+    def changed(self, arrays: Iterable[Array]) -> None:
+        """Nothing to do."""
+
+
+ON_HOST: Residence = _OnHost()
+
+
 class Call(Protocol):
     """A graph bound to buffers: runs as often as wanted, reads and writes them in place."""
 
     def run(self) -> None:
-        """Run once. The output buffers hold the results when it returns."""
+        """Run once. The output buffers hold the results when it returns; present state after a fetch."""
 
 
 class Graph(Protocol):
@@ -41,6 +67,10 @@ class Backend(Protocol):
     @property
     def manifest(self) -> Manifest:
         """What the bundle says of its graphs."""
+
+    @property
+    def residence(self) -> Residence:
+        """Where bound arrays are: for who reads or writes state between runs."""
 
     def graph(self, name: str) -> Graph:
         """The graph of that name, loaded once."""

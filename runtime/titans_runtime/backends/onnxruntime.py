@@ -1,4 +1,4 @@
-"""Graphs in ONNX Runtime. State stays in OrtValues over buffers of ours: no copy per call."""
+"""Graphs in ONNX Runtime: on the CPU in buffers of ours, without a copy; on a device in twins of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from titans_runtime.backends import Array, Call, Graph
+import numpy as np
+
+from titans_runtime.backends import ON_HOST, Array, Call, Graph, Residence
+from titans_runtime.backends.mirror import Mirrors, is_state, whole
+from titans_runtime.backends.placement import RECORD, Placement, check_placement, read_placement
 from titans_runtime.bundle import WEIGHTS_NAME, Bundle
 from titans_runtime.errors import BundleError, EnvironmentProblem, TitansError, UsageError
 
@@ -18,6 +22,7 @@ if TYPE_CHECKING:
 
 _TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "int64": "tensor(int64)"}
 DEFAULT_PROVIDERS = ("CPUExecutionProvider",)
+_DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
 _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 _NOWHERE = "/no-files-but-those-given"
 _QUIET = 4  # what it has to say comes as an exception, too, which is said in a line of ours
@@ -28,14 +33,21 @@ class OnnxRuntimeBackend:
     """Runs a bundle's graphs in ``onnxruntime``."""
 
     def __init__(
-        self, bundle: Bundle, providers: Sequence[str] | None = None, threads: int | None = None
+        self,
+        bundle: Bundle,
+        providers: Sequence[str] | None = None,
+        threads: int | None = None,
+        device: str | None = None,
     ) -> None:
         """Check the environment, load the graph ``model``.
 
         Args:
             bundle: opened bundle.
-            providers: execution providers by preference; default is the CPU's. Never falls back silently.
+            providers: execution providers by preference; default is the CPU's. Never falls back silently:
+                where the CPU is not among them, only sizes and indices may be computed there.
             threads: threads within an operator; default is ONNX Runtime's choice.
+            device: of ONNX Runtime's memory, where the state stays between calls; default is that of the
+                first provider, or none: then graphs run on the arrays themselves.
 
         Raises:
             EnvironmentProblem: ONNX Runtime is missing or too old, or a provider is not available.
@@ -45,6 +57,9 @@ class OnnxRuntimeBackend:
         self._bundle = bundle
         self._providers = _checked_providers(self._ort, providers)
         self._threads = threads
+        self._placements: dict[str, Placement | None] = {}
+        chosen = _DEVICES.get(self._providers[0]) if device is None else device
+        self._mirrors = None if chosen is None else Mirrors(_OrtDevice(self._ort, chosen))
         _check_version(self._ort.__version__, bundle.manifest.requires["onnxruntime"])
         self._graphs: dict[str, Graph] = {}
         self._lock = threading.Lock()
@@ -55,6 +70,16 @@ class OnnxRuntimeBackend:
         """What the bundle says of its graphs."""
         return self._bundle.manifest
 
+    @property
+    def residence(self) -> Residence:
+        """Where bound arrays are."""
+        return ON_HOST if self._mirrors is None else self._mirrors
+
+    @property
+    def placements(self) -> dict[str, Placement | None]:
+        """For every loaded graph: provider → operator → nodes; None where ONNX Runtime cannot say."""
+        return dict(self._placements)
+
     def graph(self, name: str) -> Graph:
         """The graph of that name, loaded when first asked for.
 
@@ -63,7 +88,9 @@ class OnnxRuntimeBackend:
         """
         with self._lock:
             if name not in self._graphs:
-                self._graphs[name] = OnnxRuntimeGraph(self._ort, self._load(name))
+                # The editor works on the host: what a gradient graph reads and writes is copied every time.
+                mirrors = self._mirrors if name == "model" else None
+                self._graphs[name] = OnnxRuntimeGraph(self._ort, self._load(name), mirrors)
             return self._graphs[name]
 
     def _load(self, name: str) -> onnxruntime.InferenceSession:
@@ -81,6 +108,7 @@ class OnnxRuntimeBackend:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # A graph from bytes would take data that is not given below from the working directory, unchecked.
         options.add_session_config_entry(_DATA_FOLDER, _NOWHERE)
+        options.add_session_config_entry(RECORD, "1")
         graph = self._bundle.read(spec.file)
         weights = b""
         if WEIGHTS_NAME.encode() in graph:
@@ -96,6 +124,8 @@ class OnnxRuntimeBackend:
             raise self._refusal(self._bundle.folder / spec.file, str(error)) from None
         _check_fallback(session.get_providers(), self._providers)
         _check_interface(session, spec, self._bundle)
+        self._placements[name] = read_placement(session)
+        check_placement(self._placements[name], self._providers, name)
         return session
 
     def _refusal(self, path: Path, message: str) -> TitansError:
@@ -118,13 +148,20 @@ class OnnxRuntimeBackend:
 class OnnxRuntimeGraph:
     """One loaded graph."""
 
-    def __init__(self, ort: Any, session: onnxruntime.InferenceSession) -> None:  # noqa: ANN401 - a module
-        """``session``: already checked against the manifest."""
-        self._ort, self._session = ort, session
+    def __init__(
+        self,
+        ort: Any,  # noqa: ANN401 - a module
+        session: onnxruntime.InferenceSession,
+        mirrors: Mirrors | None = None,
+    ) -> None:
+        """``session``: already checked against the manifest; ``mirrors``: of arrays that have twins."""
+        self._ort, self._session, self._mirrors = ort, session, mirrors
 
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Call:
-        """See :meth:`titans_runtime.backends.Graph.bind`; no array is copied."""
-        return OnnxRuntimeCall(self._ort, self._session, inputs, outputs)
+        """See :meth:`titans_runtime.backends.Graph.bind`; on the host no array is copied."""
+        if self._mirrors is None:
+            return OnnxRuntimeCall(self._ort, self._session, inputs, outputs)
+        return OnnxRuntimeDeviceCall(self._session, self._mirrors, inputs, outputs)
 
 
 class OnnxRuntimeCall:
@@ -148,13 +185,7 @@ class OnnxRuntimeCall:
 
     def run(self) -> None:
         """Run the graph on the bound buffers."""
-        try:
-            self._session.run_with_iobinding(self._binding)
-        except Exception as error:  # noqa: BLE001 - onnxruntime has no public base class for its errors
-            reason = " ".join(str(error).split())
-            if "nvalid" in reason:
-                raise BundleError(f"a graph does not fit what it is given; export again ({reason})") from None
-            raise EnvironmentProblem(f"onnxruntime could not run the graph ({reason})") from None
+        _run(self._session, self._binding)
 
     def _value(self, ort: Any, array: Array) -> Any:  # noqa: ANN401 - onnxruntime.OrtValue
         if not array.flags.c_contiguous:
@@ -162,6 +193,87 @@ class OnnxRuntimeCall:
         value = ort.OrtValue.ortvalue_from_numpy(array)
         self._values.append(value)
         return value
+
+
+class OnnxRuntimeDeviceCall:
+    """A graph whose state stays on the device: what a call writes there, the next one reads there.
+
+    Tokens, edit strengths and results are copied, as are views of larger arrays.
+    """
+
+    def __init__(
+        self,
+        session: onnxruntime.InferenceSession,
+        mirrors: Mirrors,
+        inputs: Mapping[str, Array],
+        outputs: Mapping[str, Array],
+    ) -> None:
+        """Bind the twins."""
+        self._session, self._mirrors = session, mirrors
+        self._binding = session.io_binding()
+        device = mirrors.device
+        kept = {name: array for name, array in ({**inputs, **outputs}).items() if _stays(name, array)}
+        self._past = [mirrors.of(array) for name, array in inputs.items() if name in kept]
+        self._present = [mirrors.of(array) for name, array in outputs.items() if name in kept]
+        self._given = [(device.allocate(a), a) for name, a in inputs.items() if name not in kept]
+        self._results = [(device.allocate(a), a) for name, a in outputs.items() if name not in kept]
+        given, results = iter(self._given), iter(self._results)
+        for name, array in inputs.items():
+            twin = mirrors.of(array).twin if name in kept else next(given)[0]
+            self._binding.bind_ortvalue_input(name, twin)
+        for name, array in outputs.items():
+            twin = mirrors.of(array).twin if name in kept else next(results)[0]
+            self._binding.bind_ortvalue_output(name, twin)
+
+    def run(self) -> None:
+        """Copy what is new on the host, run, and copy the results; the state stays."""
+        device = self._mirrors.device
+        for mirror in self._past:
+            mirror.to_device()
+        for twin, array in self._given:
+            self._mirrors.fetch((array,))
+            device.upload(twin, array)
+        _run(self._session, self._binding)
+        for mirror in self._present:
+            mirror.written_by_device()
+        for twin, array in self._results:
+            self._mirrors.fetch((array,))
+            device.download(twin, array)
+            self._mirrors.changed((array,))
+
+
+def _stays(name: str, array: Array) -> bool:
+    """Whether an array's twin is the one that counts. One that the model only reads may be a view, too."""
+    return is_state(name) and whole(array) is array
+
+
+class _OrtDevice:
+    """Memory that ONNX Runtime allocates."""
+
+    def __init__(self, ort: Any, name: str) -> None:  # noqa: ANN401 - a module
+        self._ort, self._name = ort, name
+
+    def allocate(self, like: Array) -> Any:  # noqa: ANN401 - onnxruntime.OrtValue
+        """See :class:`titans_runtime.backends.mirror.Device`."""
+        return self._ort.OrtValue.ortvalue_from_shape_and_type(like.shape, like.dtype, self._name, 0)
+
+    def upload(self, twin: Any, array: Array) -> None:  # noqa: ANN401
+        """See :class:`titans_runtime.backends.mirror.Device`."""
+        twin.update_inplace(array)
+
+    def download(self, twin: Any, array: Array) -> None:  # noqa: ANN401
+        """See :class:`titans_runtime.backends.mirror.Device`."""
+        np.copyto(array, twin.numpy())
+
+
+def _run(session: onnxruntime.InferenceSession, binding: Any) -> None:  # noqa: ANN401
+    try:
+        session.run_with_iobinding(binding)
+    except Exception as error:  # noqa: BLE001 - onnxruntime has no public base class for its errors
+        reason = " ".join(str(error).split())
+        if "nvalid" in reason:
+            raise BundleError(f"a graph does not fit what it is given; export again ({reason})") from None
+        raise EnvironmentProblem(f"onnxruntime could not run the graph ({reason})") from None
 
 
 def _import_onnxruntime() -> Any:  # noqa: ANN401 - a module
