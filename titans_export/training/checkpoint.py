@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import nn
@@ -15,17 +17,24 @@ from titans_export.config import ModelConfig
 from titans_export.model import TitansModel
 from titans_runtime.errors import DataError
 from titans_runtime.files import write_atomically
+from titans_runtime.json_reader import canonical
 
 CONFIG_FILE = "config.json"
 TENSORS_FILE = "weights.safetensors"
+_CONFIG_KEY = "config"
 
 
 def save_checkpoint(model: TitansModel, folder: Path) -> None:
-    """Write the model's config and weights to ``folder``."""
+    """Write the model's config and weights to ``folder``.
+
+    The weights name their config, so that files of two models, left by a process that was killed between
+    them, are told from a checkpoint.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / CONFIG_FILE, model.config.to_dict())
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    write_atomically(folder / TENSORS_FILE, save_tensors(tensors))
+    content = save_tensors(tensors, {_CONFIG_KEY: _digest(model.config)})
+    write_atomically(folder / TENSORS_FILE, content)
+    write_json(folder / CONFIG_FILE, model.config.to_dict())
 
 
 def load_checkpoint(folder: Path) -> TitansModel:
@@ -47,6 +56,12 @@ def load_checkpoint(folder: Path) -> TitansModel:
                 f"{folder / TENSORS_FILE}: {name} has shape {tuple(tensors[name].shape)}; "
                 f"config.json asks for {tuple(expected[name].shape)}"
             )
+    saved_with = read_metadata(folder / TENSORS_FILE).get(_CONFIG_KEY, _digest(config))
+    if saved_with != _digest(config):
+        raise DataError(
+            f"{folder / TENSORS_FILE}: was saved with another {CONFIG_FILE} than the one beside it; "
+            "a save was interrupted, or the config edited: train or import again"
+        )
     model = TitansModel(config)
     model.load_state_dict(tensors)
     return model.eval()
@@ -76,6 +91,16 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         return load_tensors(path.read_bytes())
     except Exception as error:  # noqa: BLE001 - safetensors raises its own type, and plain OSError and ValueError
         raise DataError(f"{path}: no readable tensors ({error})") from None
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file that :func:`read_tensors` can read."""
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
+def _digest(config: ModelConfig) -> str:
+    return hashlib.sha256(canonical(config.to_dict())).hexdigest()
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -21,7 +21,12 @@ from titans_export.config import ModelConfig
 from titans_export.memory import MemoryOutput, neural_memory
 from titans_export.model import Rules, State, TitansModel
 from titans_export.recurrence import Core, Tensors, run_core
-from titans_export.training.checkpoint import read_tensors, save_checkpoint, write_json
+from titans_export.training.checkpoint import (
+    read_metadata,
+    read_tensors,
+    save_checkpoint,
+    write_json,
+)
 from titans_export.training.data import Corpus, SegmentStream, Source
 from titans_export.training.evaluate import bits_per_byte
 from titans_export.training.whitening import measure_whitening
@@ -283,10 +288,7 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _metadata(path: Path) -> dict[str, Any]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
+    metadata = read_metadata(path)
     if "training" not in metadata:
         raise DataError(f"{path}: no state of a training; remove it or change --out")
     content: dict[str, Any] = json.loads(metadata["training"])
