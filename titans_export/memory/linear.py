@@ -38,7 +38,8 @@ def tile_form(
     attention = weights.write * (q @ k.transpose(-1, -2))  # W ∘ Q Kᵀ
     strength = edit[:, None, None, None, None]
 
-    edited = bool((edit != 0).any())
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    edited = tracing or bool((edit != 0).any())  # a graph cannot know the strengths
     if edited:
         inverse = unit_lower_inverse(strength * theta * (weights.write_before * (k @ k.transpose(-1, -2))))
         from_value = inverse @ (theta * v)

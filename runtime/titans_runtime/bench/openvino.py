@@ -37,12 +37,7 @@ class OpenVinoRunner:
         for result in model.get_results():
             if result.get_output_tensor(0).any_name in _UNUSED:
                 model.remove_result(result)
-        settings = {
-            "INFERENCE_NUM_THREADS": threads,
-            "INFERENCE_PRECISION_HINT": "f32",  # bfloat16 otherwise, where the processor has it
-            "PERFORMANCE_HINT": "LATENCY",
-        }
-        compiled = openvino.Core().compile_model(model, "CPU", settings)
+        compiled = compile_model(openvino, model, threads)
         # Two, in turn: what one has put out is what the other takes in, without a copy.
         self._requests = [compiled.create_infer_request() for _ in range(2)]
         self.versions: Mapping[str, str] = {"openvino": openvino.get_version().partition("-")[0]}
@@ -79,6 +74,16 @@ class OpenVinoRunner:
         self._feeds.clear()
 
 
+def compile_model(openvino: Any, model: Any, threads: int) -> Any:  # noqa: ANN401 - a module, and its classes
+    """For one stream on the CPU, in float32."""
+    settings = {
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f32",  # bfloat16 otherwise, where the processor has it
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    return openvino.Core().compile_model(model, "CPU", settings)
+
+
 def load(job: Job) -> OpenVinoRunner:
     """Let OpenVINO read the bundle's ``model.onnx``, whose files are verified first.
 
@@ -99,6 +104,3 @@ def load(job: Job) -> OpenVinoRunner:
         raise EnvironmentProblem(f"does not take the bundle's {file} ({reason})") from None
     initial = initial_state(bundle)
     return OpenVinoRunner(model, initial, bundle.manifest.edit_layers, job.threads)
-
-
-__all__ = ["OpenVinoRunner", "load"]

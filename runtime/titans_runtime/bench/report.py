@@ -50,6 +50,7 @@ def _row(row: Row) -> Record:
         "rounds": len(row.ratios),
         "logits_error": row.error,
         "ratios": list(row.ratios),
+        "seconds": list(row.seconds),
     }
 
 
@@ -86,15 +87,17 @@ def to_markdown(content: Record) -> str:
         lines += [
             f"| {a['backend']} | {a['threads']} | {a['state']} | {_cell(a['reason'])} |" for a in absent
         ]
+    return "\n".join(lines) + "\n" + footer(content)
+
+
+def footer(content: Record) -> str:
+    """Machine, versions and command, in Markdown."""
     machine, versions = content["machine"], content["versions"]
-    lines += [
-        "",
-        f"{machine['processor']}, {machine['cores']} cores, {machine['system']}; "
-        + ", ".join(f"{name} {number}" for name, number in versions.items()),
-        "",
-        f"    {content['command']}",
-    ]
-    return "\n".join(lines) + "\n"
+    numbers = ", ".join(f"{name} {number}" for name, number in versions.items())
+    return (
+        f"\n{machine['processor']}, {machine['cores']} cores, {machine['system']}; {numbers}\n"
+        f"\n    {content['command']}\n"
+    )
 
 
 def _line(row: Record) -> str:

@@ -1,0 +1,69 @@
+"""The rows of the table: what is run, and what must come out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_MODELS = "eager,compile,torchscript,aoti,openvino,openvino-torch,naive"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a row must reach: the best of some backends over this runtime, on a case of some kind.
+
+    Attributes:
+        what: in words.
+        backends: of which the fastest counts.
+        least: ratio of its time to ours that must be reached.
+        size: for which it was set.
+    """
+
+    what: str
+    backends: tuple[str, ...]
+    least: float
+    size: str = "base"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Options of ``titans bench``, and targets."""
+
+    options: tuple[str, ...]
+    targets: tuple[Target, ...] = ()
+
+
+ROWS = {
+    "decode": Row(
+        ("-p", "0", "-n", "64", "--backend", f"{_MODELS},roofline"),
+        (
+            Target("decode: eager", ("eager",), 2.5),
+            Target(
+                "decode: best of compile, TorchScript, AOTInductor", ("compile", "torchscript", "aoti"), 1.5
+            ),
+            Target("decode: OpenVINO", ("openvino", "openvino-torch"), 1.1),
+            Target("decode: one sweep over weights and state", ("roofline",), 0.85),
+        ),
+    ),
+    "prefill": Row(
+        ("-p", "2048", "-n", "0", "--backend", f"{_MODELS},roofline"),
+        (
+            Target("prefill: eager, tiles", ("eager",), 2.5),
+            Target(
+                "prefill: best of compile, AOTInductor, OpenVINO",
+                ("compile", "aoti", "openvino", "openvino-torch"),
+                1.1,
+            ),
+        ),
+    ),
+    "prefill-loop": Row(
+        ("-p", "2048", "-n", "0", "--backend", "eager-loop"),
+        (Target("prefill: eager, token loop", ("eager-loop",), 15),),
+    ),
+    "batch": Row(
+        ("-p", "0", "-n", "8", "-b", "16", "-e", "0", "--backend", "singles"),
+        (Target("16 sessions one by one / in a batch", ("singles",), 4),),
+    ),
+    "editing": Row(("-p", "512", "-n", "64", "-e", "0,1")),
+    "eager": Row(("-p", "512", "-n", "64", "-e", "0,1", "--backend", "eager")),
+}
+"""By name. ``editing`` compares its two strengths; ``summary`` does."""
