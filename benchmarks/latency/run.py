@@ -35,12 +35,13 @@ def main() -> int:
     name = f"{args.row}-{args.size}-{args.threads}t"
     options = argparse.ArgumentParser()
     add_options(options)
-    chosen = [] if args.backend is None else ["--backend", args.backend]
-    bench = options.parse_args(
-        [str(model.bundle), *ROWS[args.row].options, *chosen, "--checkpoint", str(model.checkpoint)]
-        + ["--work", str(model.work), "-t", str(args.threads), "-r", str(args.rounds)]
-        + ["-o", "md,csv,json,plot", "--out", str(RESULTS / name)]
-    )
+    arguments = [str(model.bundle), *ROWS[args.row].options]
+    arguments += ["--checkpoint", str(model.checkpoint), "--work", str(model.work)]
+    arguments += ["-t", str(args.threads), "-r", str(args.rounds)]
+    arguments += ["-o", "md,csv,json,plot", "--out", str(RESULTS / name)]
+    if args.backend is not None:
+        arguments += ["--backend", args.backend]
+    bench = options.parse_args(arguments)
     command = f"python -m benchmarks.latency.run {args.row} --size {args.size} --threads {args.threads}"
     written, agreed = run_bench(bench, command)
     print((RESULTS / f"{name}.md").read_text(encoding="utf-8"))

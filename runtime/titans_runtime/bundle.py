@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,13 +44,37 @@ class Bundle:
         if entry is None:
             raise BundleError(f"{self.folder}: {name!r} is not listed in {MANIFEST_NAME}")
         data = _read_regular(self.folder / name, entry.size)
-        digest = hashlib.sha256(data).hexdigest()
-        if digest != entry.sha256:
+        self._check_digest(name, hashlib.sha256(data).hexdigest())
+        return data
+
+    @contextlib.contextmanager
+    def hold(self, name: str) -> Iterator[None]:
+        """Check a listed file without taking it into memory, and that it stays the same until the end.
+
+        For a library that opens the file itself. What it has opened is what was checked: a file that takes
+        its place, or is written to, differs in its inode or in the time of its last change.
+
+        Raises:
+            BundleError: as :meth:`read`; or the file changed in between.
+        """
+        entry = self.manifest.files.get(name)
+        if entry is None:
+            raise BundleError(f"{self.folder}: {name!r} is not listed in {MANIFEST_NAME}")
+        path = self.folder / name
+        with _open_regular(path, entry.size) as file:
+            before = _mark(os.fstat(file.fileno()))
+            self._check_digest(name, hashlib.file_digest(file, "sha256").hexdigest())
+            yield
+            if not path.exists() or _mark(path.lstat()) != before:
+                raise BundleError(f"{path}: changed while it was loaded; load the bundle again")
+
+    def _check_digest(self, name: str, digest: str) -> None:
+        expected = self.manifest.files[name].sha256
+        if digest != expected:
             raise BundleError(
                 f"{self.folder / name}: SHA-256 {digest[:12]}… where {MANIFEST_NAME} says "
-                f"{entry.sha256[:12]}…; the file was altered, export or copy the bundle again"
+                f"{expected[:12]}…; the file was altered, export or copy the bundle again"
             )
-        return data
 
 
 def initial_state(bundle: Bundle) -> Arrays:
@@ -169,20 +196,35 @@ def _refuse_links(path: Path, status: os.stat_result) -> None:
         )
 
 
+def _mark(status: os.stat_result) -> tuple[int, ...]:
+    """Changes when a file is replaced or written to."""
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
 def _read_regular(path: Path, size: int | None) -> bytes:
     """Read a plain file through one descriptor, so that what was checked is what is read."""
+    with _open_regular(path, size) as file:
+        try:
+            return file.read(os.fstat(file.fileno()).st_size)
+        except OSError as error:
+            raise BundleError(f"{path}: cannot be read ({error.strerror})") from None
+        except MemoryError:
+            raise EnvironmentProblem(f"{path}: does not fit into this machine's memory") from None
+
+
+@contextlib.contextmanager
+def _open_regular(path: Path, size: int | None) -> Iterator[io.BufferedReader]:
     try:
-        with open_without_waiting(path, follow=False) as file:
-            status = os.fstat(file.fileno())
-            _refuse_links(path, status)
-            limit = MAX_BYTES if size is None else size
-            if status.st_size > limit or (size is not None and status.st_size != size):
-                raise BundleError(f"{path}: {status.st_size} bytes where {limit} were expected")
-            return file.read(status.st_size)
+        file = open_without_waiting(path, follow=False)
     except OSError as error:
         raise BundleError(f"{path}: cannot be read ({error.strerror})") from None
-    except MemoryError:
-        raise EnvironmentProblem(f"{path}: does not fit into this machine's memory") from None
+    with file:
+        status = os.fstat(file.fileno())
+        _refuse_links(path, status)
+        limit = MAX_BYTES if size is None else size
+        if status.st_size > limit or (size is not None and status.st_size != size):
+            raise BundleError(f"{path}: {status.st_size} bytes where {limit} were expected")
+        yield file
 
 
 __all__ = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import io
 import os
 import secrets
 import shutil
@@ -12,7 +13,6 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from titans_runtime.errors import EnvironmentProblem
 
@@ -46,7 +46,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             temporary.unlink()
 
 
-def open_without_waiting(path: Path, follow: bool = True) -> BinaryIO:
+def open_without_waiting(path: Path, follow: bool = True) -> io.BufferedReader:
     """Open a file to read. A named pipe is opened at once, for the caller to refuse, not waited for.
 
     Args:

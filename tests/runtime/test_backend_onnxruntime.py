@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import titans_runtime as tr
 from tests.runtime.streams import Array, change_manifest
 from titans_runtime.backends import DTYPES
+from titans_runtime.backends import onnxruntime as backend
 from titans_runtime.backends.onnxruntime import _check_version
 
 
@@ -183,11 +185,13 @@ def test_a_type_that_the_graph_does_not_have_is_refused(bundle_copy: Path) -> No
         tr.load(bundle_copy)
 
 
+@pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("name", [b"weights.bim", b"../leak.bin", b"/etc/passwd"])
 def test_weights_come_from_nowhere_but_the_bundle(
-    bundle_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: bytes
+    bundle_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: bytes, mapped: bool
 ) -> None:
     """ONNX Runtime would look for them in the working directory."""
+    monkeypatch.setattr(backend, "_MAPPED_FROM", 0 if mapped else 2**60)
     here = tmp_path / "here"
     here.mkdir()
     shutil.copy(bundle_copy / "weights.bin", here / "weights.bim")
@@ -197,4 +201,43 @@ def test_weights_come_from_nowhere_but_the_bundle(
     (bundle_copy / "model.onnx").write_bytes(graph.replace(b"weights.bin", name))
     change_manifest(bundle_copy, lambda content: None, rehash=True)
     with pytest.raises(tr.BundleError, match="cannot be loaded"):
+        tr.load(bundle_copy)
+
+
+def test_mapped_weights_give_the_same_logits(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = tr.load(tiny_bundle).session().append(b"some text")
+    monkeypatch.setattr(backend, "_MAPPED_FROM", 0)
+    assert tr.load(tiny_bundle).session().append(b"some text").tobytes() == read.tobytes()
+
+
+def _replaced(path: Path) -> None:
+    copy = path.with_name("copy")
+    shutil.copy(path, copy)
+    copy.replace(path)
+
+
+@pytest.mark.parametrize("change", [_replaced, Path.touch, Path.unlink])
+def test_mapped_weights_that_change_while_they_are_loaded_are_refused(
+    bundle_copy: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], object]
+) -> None:
+    """Checked is what was there before; what ONNX Runtime has mapped may be something else."""
+    monkeypatch.setattr(backend, "_MAPPED_FROM", 0)
+    load = onnxruntime.InferenceSession
+
+    def load_changed(*arguments: object, **options: object) -> object:
+        session = load(*arguments, **options)
+        change(bundle_copy / "weights.bin")
+        return session
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", load_changed)
+    with pytest.raises(tr.BundleError, match="changed while it was loaded"):
+        tr.load(bundle_copy)
+
+
+def test_mapped_weights_are_hashed_first(bundle_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_MAPPED_FROM", 0)
+    content = bytearray((bundle_copy / "weights.bin").read_bytes())
+    content[len(content) // 2] ^= 1
+    (bundle_copy / "weights.bin").write_bytes(content)
+    with pytest.raises(tr.BundleError, match=r"weights\.bin: SHA-256 .* altered"):
         tr.load(bundle_copy)

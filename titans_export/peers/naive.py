@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,7 +89,7 @@ def export(model: TitansModel, path: Path) -> None:
         torch.zeros(_BATCH, model.config.layers),
         *(state[name] for name in flat.taken),
     )
-    shapes = ({1: torch.export.Dim("tokens")}, {}, ({},) * len(flat.taken))
+    shapes: tuple[Any, ...] = ({1: torch.export.Dim("tokens")}, {}, ({},) * len(flat.taken))
     with quiet():
         torch.onnx.export(
             flat,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +28,8 @@ DEFAULT_PROVIDERS = ("CPUExecutionProvider",)
 _DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
 _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 _NOWHERE = "/no-files-but-those-given"
+_CAN_MAP = sys.platform == "linux"
+_MAPPED_FROM = 2**24  # bytes; below, time stamps might be too coarse to tell that a file has changed
 _QUIET = 4  # what it has to say comes as an exception, too, which is said in a line of ours
 _NEWER = ("max supported IR version", "Current official support")  # how it refuses a file from its future
 
@@ -106,27 +111,42 @@ class OnnxRuntimeBackend:
         # Threads that spin while they wait keep cores busy between tokens, and beside other work more
         # than halved the speed of prefill with two threads on two cores; decode was the same.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # A graph from bytes would take data that is not given below from the working directory, unchecked.
-        options.add_session_config_entry(_DATA_FOLDER, _NOWHERE)
         options.add_session_config_entry(RECORD, "1")
         graph = self._bundle.read(spec.file)
-        weights = b""
-        if WEIGHTS_NAME.encode() in graph:
-            # From verified bytes, not from the disk: a file swapped after the check cannot matter.
-            # ONNX Runtime takes what it needs while loading; the bytes are dropped afterwards.
-            weights = self._bundle.read(WEIGHTS_NAME)
-            options.add_external_initializers_from_files_in_memory([WEIGHTS_NAME], [weights], [len(weights)])
-        try:
-            session = self._ort.InferenceSession(
-                graph, options, providers=list(self._providers), enable_fallback=0
-            )
-        except Exception as error:  # noqa: BLE001 - onnxruntime has no public base class for its errors
-            raise self._refusal(self._bundle.folder / spec.file, str(error)) from None
+        with contextlib.ExitStack() as until_loaded:
+            if WEIGHTS_NAME.encode() in graph:
+                self._give_weights(options, until_loaded)
+            else:
+                options.add_session_config_entry(_DATA_FOLDER, _NOWHERE)
+            try:
+                session = self._ort.InferenceSession(
+                    graph, options, providers=list(self._providers), enable_fallback=0
+                )
+            except Exception as error:  # noqa: BLE001 - onnxruntime has no public base class for its errors
+                raise self._refusal(self._bundle.folder / spec.file, str(error)) from None
         _check_fallback(session.get_providers(), self._providers)
         _check_interface(session, spec, self._bundle)
         self._placements[name] = read_placement(session)
         check_placement(self._placements[name], self._providers, name)
         return session
+
+    def _give_weights(self, options: onnxruntime.SessionOptions, until_loaded: contextlib.ExitStack) -> None:
+        """Let a graph find the bundle's weights, and nothing else: it would look in the working directory.
+
+        Large ones are not read but mapped by ONNX Runtime, which lays matrices out anew, page by page: two
+        copies and a half in memory become one. Small ones are given as verified bytes.
+        """
+        if _CAN_MAP and self._bundle.manifest.files[WEIGHTS_NAME].size >= _MAPPED_FROM:
+            until_loaded.enter_context(self._bundle.hold(WEIGHTS_NAME))
+            # By descriptor: whatever is renamed, this is the folder. ONNX Runtime refuses paths out of it.
+            folder = os.open(self._bundle.folder, os.O_RDONLY | os.O_DIRECTORY)
+            until_loaded.callback(os.close, folder)
+            options.add_session_config_entry(_DATA_FOLDER, f"/proc/self/fd/{folder}")
+            return
+        weights = self._bundle.read(WEIGHTS_NAME)
+        options.add_session_config_entry(_DATA_FOLDER, _NOWHERE)
+        options.add_external_initializers_from_files_in_memory([WEIGHTS_NAME], [weights], [len(weights)])
+        until_loaded.enter_context(contextlib.nullcontext(weights))  # the options hold no reference
 
     def _refusal(self, path: Path, message: str) -> TitansError:
         """ONNX Runtime's own words, which may be many lines, as one of ours."""
