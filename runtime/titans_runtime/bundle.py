@@ -203,13 +203,13 @@ def _mark(status: os.stat_result) -> tuple[int, ...]:
 
 def _read_regular(path: Path, size: int | None) -> bytes:
     """Read a plain file through one descriptor, so that what was checked is what is read."""
-    with _open_regular(path, size) as file:
-        try:
+    try:
+        with _open_regular(path, size) as file:
             return file.read(os.fstat(file.fileno()).st_size)
-        except OSError as error:
-            raise BundleError(f"{path}: cannot be read ({error.strerror})") from None
-        except MemoryError:
-            raise EnvironmentProblem(f"{path}: does not fit into this machine's memory") from None
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read ({error.strerror})") from None
+    except MemoryError:
+        raise EnvironmentProblem(f"{path}: does not fit into this machine's memory") from None
 
 
 @contextlib.contextmanager
