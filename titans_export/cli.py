@@ -15,6 +15,8 @@ from titans_runtime.errors import UsageError
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[Any]
 
+FORMATS = ("onnx", "tensorrt")
+
 # torch is imported by the handlers, not here: `titans --help` must answer at once.
 
 
@@ -23,6 +25,7 @@ def register(subparsers: Subparsers) -> None:
     _add_train(subparsers)
     _add_init(subparsers)
     _add_export(subparsers)
+    _add_engine(subparsers)
     _add_demo(subparsers)
 
 
@@ -140,15 +143,87 @@ def _add_export(subparsers: Subparsers) -> None:
         default="float32",
         help="dtype in which matrices are stored; products and the memory are float32 either way",
     )
+    parser.add_argument(
+        "--format",
+        default="onnx",
+        metavar="NAMES",
+        help="onnx, which every bundle holds (default); onnx,tensorrt builds an engine for this GPU as well",
+    )
+    parser.add_argument(
+        "--triton-repository",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="also write the model into a model repository of the Triton Inference Server",
+    )
     parser.set_defaults(handler=_export)
 
 
 def _export(args: argparse.Namespace) -> int:
+    formats = _formats(args.format)
     from titans_export.pipeline import export_bundle
 
+    if "tensorrt" in formats:  # what is missing is said before minutes of work
+        from titans_converters.tensorrt.builder import require_tensorrt
+
+        require_tensorrt()
     result = export_bundle(args.checkpoint, args.out, report=_note, weights=args.weights)
     print("\n".join(result.lines()))
     print(args.out)
+    if args.triton_repository is not None:
+        from titans_converters.inference_server import write_repository
+        from titans_runtime.bundle import open_bundle
+
+        print(write_repository(open_bundle(args.out), args.triton_repository))
+    if "tensorrt" in formats:
+        from titans_converters.tensorrt.builder import build_engine
+        from titans_runtime.bundle import open_bundle
+
+        print(build_engine(open_bundle(args.out), report=_note).path)
+    return 0
+
+
+def _formats(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in FORMATS:
+            raise UsageError(f"--format {name}: unknown; there are {', '.join(FORMATS)}")
+    return names
+
+
+def _add_engine(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "engine", help="build a bundle's TensorRT engine for this GPU, or say what TensorRT would make of it"
+    )
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="build nothing: say node by node what TensorRT takes; needs neither TensorRT nor a GPU",
+    )
+    parser.add_argument(
+        "--max-batch", type=int, default=8, metavar="N", help="streams in one call (default 8)"
+    )
+    parser.add_argument(
+        "--tf32", action="store_true", help="round products to TF32: faster, and about 1e-3 off the goldens"
+    )
+    parser.add_argument("--rebuild", action="store_true", help="build even where the cache has it")
+    parser.set_defaults(handler=_engine)
+
+
+def _engine(args: argparse.Namespace) -> int:
+    from titans_converters.tensorrt.builder import build_engine, load_model
+    from titans_converters.tensorrt.check import check
+    from titans_runtime.bundle import open_bundle
+
+    bundle = open_bundle(args.bundle)
+    if args.check:
+        report = check(load_model(bundle, weights=False))
+        print("\n".join(report.lines()))
+        return 0 if report.passed else 1
+    engine = build_engine(bundle, args.max_batch, args.tf32, args.rebuild, _note)
+    _note(f"{engine.plugins} memory layers as plugins, {engine.bodies} through their function bodies")
+    print(engine.path)
     return 0
 
 

@@ -23,6 +23,7 @@ _EXPORT_COMMANDS = {
     "train": "train a model",
     "init": "write a checkpoint with random weights",
     "export": "turn a checkpoint into a bundle",
+    "engine": "build a TensorRT engine of a bundle",
     "demo": "watch the shipped model learn",
 }
 _INTERRUPTED = 130
@@ -160,6 +161,12 @@ def _add_editing(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--backend",
+        default="onnxruntime",
+        metavar="NAME",
+        help="onnxruntime, or tensorrt: see 'titans engine'",
+    )
     parser.add_argument("--threads", type=int, default=None, metavar="N")
     parser.add_argument(
         "--provider",

@@ -24,7 +24,7 @@ from titans_runtime.verify import verify as verify_bundle
 def verify(args: argparse.Namespace) -> int:
     """Replay the goldens; exit code 1 where one differs."""
     tolerances = dict(_tolerance(text) for text in args.atol)
-    report = verify_bundle(args.bundle, tolerances, args.rtol, args.provider, args.threads)
+    report = verify_bundle(args.bundle, tolerances, args.rtol, args.provider, args.threads, args.backend)
     if args.json:
         checks = [
             {"name": c.name, "error": _json_number(c.error), "limit": c.limit, "passed": c.passed}
@@ -112,7 +112,7 @@ def _open_session(args: argparse.Namespace) -> Session:
         raise UsageError(f"--state-out {args.state_out}: no such folder {args.state_out.parent}")
     if args.state_out and args.state_out.is_dir():
         raise UsageError(f"--state-out {args.state_out}: is a folder; name a file")
-    model = load(args.bundle, args.provider, args.threads)
+    model = load(args.bundle, args.provider, args.threads, args.backend)
     if args.state_in:
         return model.load_session(args.state_in)
     if args.no_edit:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from titans_runtime.backends import DTYPES, Array, Arrays, Call
-from titans_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from titans_runtime.backends.choose import open_backend
 from titans_runtime.buffers import StateBuffers
 from titans_runtime.bundle import Bundle, initial_state, open_bundle
 from titans_runtime.editor import Editor, EditReport
@@ -41,7 +41,10 @@ RECOMMENDED: Final = _Recommended()
 
 
 def load(
-    path: str | os.PathLike[str], providers: Sequence[str] | None = None, threads: int | None = None
+    path: str | os.PathLike[str],
+    providers: Sequence[str] | None = None,
+    threads: int | None = None,
+    backend: str = "onnxruntime",
 ) -> Model:
     """Open a bundle, verify its files and load its model.
 
@@ -50,26 +53,31 @@ def load(
         providers: ONNX Runtime execution providers by preference; default is the CPU's. One that is
             not available is an error, never a silent fallback.
         threads: threads within an operator; default is ONNX Runtime's choice.
+        backend: ``onnxruntime`` or ``tensorrt``, which runs an engine that ``titans engine`` has built.
 
     Raises:
         BundleError: a file is missing, altered or of an unknown format.
-        EnvironmentProblem: ONNX Runtime or a provider is missing.
-        UsageError: ``threads`` is no integer from 1 on, or ``providers`` is no list.
+        EnvironmentProblem: the backend, a provider, a device or an engine is missing.
+        UsageError: ``threads`` is no integer from 1 on, ``providers`` is no list, or the backend is unknown.
     """
     if threads is not None and not (type(threads) is int and threads >= 1):
         raise UsageError(f"threads is {threads!r}; it must be an integer, 1 or more")
-    return Model(open_bundle(Path(path)), providers, threads)
+    return Model(open_bundle(Path(path)), providers, threads, backend)
 
 
 class Model:
     """A loaded bundle. Threads may share it; each stream needs a session of its own."""
 
     def __init__(
-        self, bundle: Bundle, providers: Sequence[str] | None = None, threads: int | None = None
+        self,
+        bundle: Bundle,
+        providers: Sequence[str] | None = None,
+        threads: int | None = None,
+        backend: str = "onnxruntime",
     ) -> None:
         """See :func:`load`."""
         self.bundle = bundle
-        self.backend = OnnxRuntimeBackend(bundle, providers, threads)
+        self.backend = open_backend(backend, bundle, providers, threads)
         self.graph = self.backend.graph("model")
         self.initial = initial_state(bundle)
 

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors.numpy import load as load_arrays
 
 from titans_runtime.backends import DTYPES, Array, Arrays, Backend
-from titans_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from titans_runtime.backends.choose import open_backend
 from titans_runtime.backends.placement import Placement, placement_lines
 from titans_runtime.bundle import GOLDENS_NAME, Bundle, initial_state, open_bundle
 from titans_runtime.errors import BundleError, CheckFailed, TitansError, UsageError
@@ -81,6 +81,7 @@ def verify(
     rtol: float | None = None,
     providers: Sequence[str] | None = None,
     threads: int | None = None,
+    backend: str = "onnxruntime",
 ) -> VerificationReport:
     """Replay every golden of a bundle.
 
@@ -90,6 +91,7 @@ def verify(
         rtol: tolerance relative to the largest expected value of the output.
         providers: see :func:`titans_runtime.load`.
         threads: likewise.
+        backend: likewise.
 
     Raises:
         BundleError: the bundle or its goldens are damaged.
@@ -103,12 +105,12 @@ def verify(
     for tolerance in (*limits.values(), relative):
         if not 0 <= tolerance < np.inf:
             raise UsageError(f"tolerance {tolerance}: it must be a finite number, 0 or more")
-    backend = OnnxRuntimeBackend(bundle, providers, threads)
+    opened = open_backend(backend, bundle, providers, threads)
     checks = []
     known = {tensor.name for graph in bundle.manifest.graphs.values() for tensor in graph.outputs}
     for name in limits.keys() - known - {""}:
         raise UsageError(f"atol for {name!r}: no such output; the bundle has {', '.join(sorted(known))}")
-    for name, actual, expected in _checked_replay(bundle, backend):
+    for name, actual, expected in _checked_replay(bundle, opened):
         tensor = name.split(".", 3)[-1] if ".gradient." not in name else name.split(".", 4)[-1]
         exact = expected.dtype.kind in "iu"
         scale = float(np.abs(expected).max(initial=0))
@@ -116,7 +118,7 @@ def verify(
         checks.append(Check(name, _difference(actual, expected), limit))
     if not checks:
         raise BundleError(f"{bundle.folder}: {GOLDENS_NAME} holds no expected outputs; export again")
-    return VerificationReport(tuple(checks), backend.placements)
+    return VerificationReport(tuple(checks), opened.placements)
 
 
 def _checked_replay(bundle: Bundle, backend: Backend) -> Iterator[tuple[str, Array, Array]]:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from hypothesis import strategies as st
 
-from titans_runtime import Session, Snapshot
+from titans_runtime import Model, Session, Snapshot
 from titans_runtime.bundle import MANIFEST_NAME, file_entry
 from titans_runtime.manifest import FileEntry, Manifest, _graph, _identity, _state
 
@@ -78,3 +78,33 @@ def identity_of(content: dict[str, Any]) -> str:
 
 def manifest_of(folder: Path) -> Manifest:
     return Manifest.from_dict(json.loads((folder / MANIFEST_NAME).read_text("utf-8")))
+
+
+_TEXT = b"a memory that moves only when it must, and is the same wherever it is. " * 9
+
+
+def every_way(model: Model) -> tuple[list[Array], dict[str, Array]]:
+    """What a model answers on every way through a session and a batch, and the state at the end."""
+    session = model.session()
+    seen = [session.append(_TEXT[:100])]
+    mark = session.snapshot()
+    seen += [session.append(_TEXT[i : i + 1]) for i in range(100, 109)]
+    twin = session.fork()
+    seen += [twin.append(_TEXT[120:180])]
+    session.restore(mark)
+    seen += [session.append(_TEXT)]
+    with model.batch([session, twin, model.session(edit=0.0, editor=None)]) as batch:
+        seen += batch.append([_TEXT[:30], _TEXT[3:20], _TEXT[:40]])
+        seen += batch.append([_TEXT[:1], _TEXT[1:2], _TEXT[2:3]])
+    seen += [session.append(_TEXT[:5])]
+    return seen, session.snapshot().arrays
+
+
+def assert_same_everywhere(
+    expected: tuple[list[Array], dict[str, Array]], actual: tuple[list[Array], dict[str, Array]]
+) -> None:
+    """Bit for bit."""
+    for first, second in zip(expected[0], actual[0], strict=True):
+        assert np.array_equal(first, second)
+    for name, array in expected[1].items():
+        assert np.array_equal(array, actual[1][name]), name

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import titans_runtime as tr
+from tests.runtime.streams import assert_same_everywhere, every_way
 from titans_runtime.backends import Array
 from titans_runtime.backends.mirror import Mirrors
 from titans_runtime.backends.onnxruntime import OnnxRuntimeBackend
@@ -51,26 +52,7 @@ class CountingDevice:
 
 
 def test_every_way_through_a_session_gives_what_the_host_gives(model: tr.Model, on_device: tr.Model) -> None:
-    results = []
-    for one in (model, on_device):
-        session = one.session()
-        seen = [session.append(TEXT[:100])]
-        mark = session.snapshot()
-        seen += [session.append(TEXT[i : i + 1]) for i in range(100, 109)]
-        twin = session.fork()
-        seen += [twin.append(TEXT[120:180])]
-        session.restore(mark)
-        seen += [session.append(TEXT)]
-        with one.batch([session, twin, one.session(edit=0.0, editor=None)]) as batch:
-            seen += batch.append([TEXT[:30], TEXT[3:20], TEXT[:40]])
-            seen += batch.append([TEXT[:1], TEXT[1:2], TEXT[2:3]])
-        seen += [session.append(TEXT[:5])]
-        results.append((seen, session.snapshot().arrays))
-    (expected, state), (actual, device_state) = results
-    for first, second in zip(expected, actual, strict=True):
-        assert np.array_equal(first, second)
-    for name, array in state.items():
-        assert np.array_equal(array, device_state[name]), name
+    assert_same_everywhere(every_way(model), every_way(on_device))
 
 
 def test_a_call_that_fails_leaves_the_session_as_it_was(

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
+    from titans_runtime.backends.placement import Placement
     from titans_runtime.manifest import Manifest
 
 Array = npt.NDArray[Any]
@@ -71,6 +72,10 @@ class Backend(Protocol):
     @property
     def residence(self) -> Residence:
         """Where bound arrays are: for who reads or writes state between runs."""
+
+    @property
+    def placements(self) -> Mapping[str, Placement | None]:
+        """For every loaded graph what runs which of its nodes; None where that is not known."""
 
     def graph(self, name: str) -> Graph:
         """The graph of that name, loaded once."""

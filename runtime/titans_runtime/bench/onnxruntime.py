@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,14 +16,24 @@ from titans_runtime.session import Session
 from titans_runtime.session import load as load_model
 
 
+@dataclass(frozen=True)
+class Way:
+    """How the runtime runs a bundle: arguments of :func:`titans_runtime.load`, and the module to report."""
+
+    providers: tuple[str, ...] | None = None
+    backend: str = "onnxruntime"
+    module: str = "onnxruntime"
+
+
 class OnnxRuntimeRunner:
     """Sessions of the bundle's model; more than one stand in a batch."""
 
     is_model = True
 
-    def __init__(self, job: Job, batched: bool) -> None:
+    def __init__(self, job: Job, batched: bool, way: Way = Way()) -> None:
         """Load the bundle."""
-        self._model = load_model(job.bundle, threads=job.threads)
+        self._model = load_model(job.bundle, way.providers, job.threads, way.backend)
+        self._way = way
         self._editor, self._batched = job.editor, batched
         self._sessions: list[Session] = []
         self._batch: Batch | None = None
@@ -29,10 +41,8 @@ class OnnxRuntimeRunner:
 
     @property
     def versions(self) -> Mapping[str, str]:
-        """Of ONNX Runtime."""
-        import onnxruntime
-
-        return {"onnxruntime": onnxruntime.__version__}
+        """Of what runs the graph."""
+        return {self._way.module: importlib.import_module(self._way.module).__version__}
 
     def start(self, batch: int, edit: float) -> None:
         """See :class:`titans_runtime.bench.peers.Runner`."""

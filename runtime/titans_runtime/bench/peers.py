@@ -21,9 +21,22 @@ _OWN = {
     REFERENCE: "titans_runtime.bench.onnxruntime:load",
     "singles": "titans_runtime.bench.onnxruntime:load_singles",
     "openvino": "titans_runtime.bench.openvino:load",
+    "onnxruntime-cuda": "titans_runtime.bench.gpu:load_cuda",
+    "tensorrt": "titans_runtime.bench.gpu:load_tensorrt",
 }
 _ELSEWHERE = dict.fromkeys(
-    ("eager", "eager-loop", "compile", "torchscript", "aoti", "naive", "tensorrt"), "titans-export"
+    (
+        "eager",
+        "eager-loop",
+        "compile",
+        "torchscript",
+        "aoti",
+        "naive",
+        "eager-cuda",
+        "compile-cuda",
+        "cudagraph",
+    ),
+    "titans-export",
 )
 
 

@@ -6,9 +6,11 @@ for the entry points that it lacks: a builder cannot be made, all else works. Te
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +45,42 @@ def full_bindings(folder: Path) -> dict[str, str]:
     package("tensorrt_bindings")
     paths = os.pathsep.join([str(modules.parent), str(Path.cwd())])
     return os.environ | {"LD_LIBRARY_PATH": str(libraries), "LD_PRELOAD": str(stub), "PYTHONPATH": paths}
+
+
+def write_stubs(folder: Path, environment: dict[str, str]) -> None:
+    """Types of the module ``tensorrt``, read off the real one, which comes without."""
+    extension = "tensorrt_bindings.tensorrt"
+    command = [
+        Path(sys.executable).with_name("stubgen"),
+        "-q",
+        "--inspect-mode",
+        "-m",
+        extension,
+        "-o",
+        folder,
+    ]
+    subprocess.run([str(part) for part in command], env=environment, check=True)
+    text = (folder / "tensorrt_bindings" / "tensorrt.pyi").read_text()
+    # Within the module `bool` is a data type of TensorRT; and some signatures are no Python.
+    text = re.sub(r"(->|:) bool\b", r"\1 builtins.bool", text.replace(f"{extension}.", ""))
+    lines = [line if _is_python(line) else _anything(line) for line in text.splitlines()]
+    lines += ["import builtins", "__version__: str", "def nptype(trt_type: DataType) -> type: ..."]
+    (folder / "tensorrt").mkdir()
+    (folder / "tensorrt" / "__init__.pyi").write_text("\n".join(lines) + "\n")
+    (folder / "tensorrt" / "plugin.pyi").write_text("def __getattr__(name: str) -> object: ...\n")
+
+
+def _is_python(line: str) -> bool:
+    try:
+        ast.parse(line.strip())
+    except SyntaxError:
+        return "def " not in line
+    return True
+
+
+def _anything(line: str) -> str:
+    indent, name = re.match(r"(\s*)def (\w+)", line).groups()  # type: ignore[union-attr]
+    return f"{indent}def {name}(*args: object, **kwargs: object) -> object: ..."
 
 
 def rtx(folder: Path) -> dict[str, str]:

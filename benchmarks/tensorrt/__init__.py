@@ -1,0 +1,1 @@
+"""The memory kernel by itself on a GPU."""
