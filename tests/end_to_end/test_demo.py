@@ -8,14 +8,14 @@ import pytest
 
 import titans_export.demo as demo
 from tests.end_to_end.conftest import ROOT
-from titans_export import latency
 from titans_runtime.cli import main
 
 
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(demo, "_LIMIT", 2_048)
     monkeypatch.setattr(demo, "_FILES", 1)
-    monkeypatch.setattr(latency.compare_with_eager, "__defaults__", (32, 4, 1, lambda rounds: rounds))
+    monkeypatch.setattr(demo, "_PREFILL", 32)
+    monkeypatch.setattr(demo, "_DECODE", 4)
     monkeypatch.chdir(ROOT)
     assert main(["demo", "--out", str(tmp_path)]) == 0
     printed = capfd.readouterr().out

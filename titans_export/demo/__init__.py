@@ -20,6 +20,8 @@ _FILES = 3  # held-out source files that are streamed
 _LIMIT = 48 * 1024  # bytes of each text
 _LEAST = 16 * 1024  # a shorter file shows little
 _THREADS = 1
+_PREFILL, _DECODE = 512, 64  # tokens that are timed
+_BYTES = 256
 
 
 @dataclass(frozen=True)
@@ -113,18 +115,22 @@ def _resume(bundle: Path, texts: list[_Text], out: Path) -> None:
 
 
 def _time(checkpoint: Path, bundle: Path) -> None:
-    import torch
-
-    import titans_runtime
-    from titans_export.latency import compare_with_eager
-    from titans_export.training.checkpoint import load_checkpoint
+    from titans_runtime.bench.measure import Contestant, cases, measure
+    from titans_runtime.bench.peers import Job, find_loader
 
     _title(f"4. Time it against PyTorch eager: same weights, same tokens, {_THREADS} thread, alternating")
-    torch.set_num_threads(_THREADS)
-    ours = titans_runtime.load(bundle, threads=_THREADS)
-    for row in compare_with_eager(load_checkpoint(checkpoint), ours):
+    job = Job(bundle, checkpoint, _THREADS, bundle.parent)
+    ours, eager = (Contestant(name, find_loader(name), job) for name in ("onnxruntime", "eager"))
+    wanted = cases([_PREFILL], [_DECODE], [1], [0.0, 1.0])
+    measured = measure([ours, eager], wanted, vocab_size=_BYTES)
+    if measured.absent:
+        raise CheckFailed(f"eager: {measured.absent[0].reason}")
+    for case in wanted:
+        row = measured.row("eager", case)
         print(
-            f"   {row.what:<26} eager {row.eager * 1e6:>8.0f} µs/token   ours {row.ours * 1e6:>7.0f} µs/token"
+            f"   {case!s:<12} editing {'on' if case.edit else 'off':<4}"
+            f" eager {row.seconds_per_token * 1e6:>8.0f} µs/token"
+            f"   ours {measured.row('onnxruntime', case).seconds_per_token * 1e6:>7.0f} µs/token"
             f"   eager / ours {row.ratio:.2f}"
         )
 
