@@ -58,7 +58,7 @@ def main() -> None:
     text = (
         "# Latency and footprint, side by side\n\n"
         "Medians of ratios of alternating rounds, with their range, after the outputs were compared\n"
-        "([how](../../../docs/benchmarks.md)). The files of this folder hold every command's whole table, its\n"
+        "([how](../../../docs/benchmarks.md)). The files of this folder hold every command's table, its\n"
         "machine, versions and what is missing; what was tried is in [NOTES.md](../../NOTES.md).\n\n"
         + "\n".join(table)
         + "\n\n![measured over aim](summary.png)\n"
