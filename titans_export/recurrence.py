@@ -22,6 +22,8 @@ class Core(Protocol):
     Attributes:
         name: of the operator that stands for it in an exported graph.
         tile: tokens of a tile; tiles begin at multiples of it.
+        apart: places in a tile whose token ``one`` does not take, since more happens there than one token:
+            ``step`` takes it, in a tile of its own. Often none.
     """
 
     @property
@@ -32,6 +34,11 @@ class Core(Protocol):
     @property
     def tile(self) -> int:
         """Tokens of a tile."""
+        ...
+
+    @property
+    def apart(self) -> tuple[int, ...]:
+        """Places whose token ``one`` does not take."""
         ...
 
     def one(self, tokens: Tensors, place: Tensor, carry: Tensors, shared: Tensors) -> tuple[Tensor, Tensors]:
@@ -72,7 +79,7 @@ def run_core(
     Returns:
         ``(B, H, T, Dv)`` and the state after the last token.
     """
-    if tokens[0].shape[2] == 1:
+    if tokens[0].shape[2] == 1 and not _is_apart(core, position):
         return core.one(tokens, position % core.tile, carry, shared)
     cut = align(position, tokens[0].shape[2], core.tile)
     tiles = [into_tiles(x, cut) for x in tokens]
@@ -81,6 +88,14 @@ def run_core(
         y, carry = core.step(tuple(x[n] for x in tiles), cut.live[n], carry, shared)
         outputs.append(y)
     return from_tiles(torch.stack(outputs), cut), carry
+
+
+def _is_apart(core: Core, position: Tensor) -> bool:
+    """Whether any row's token stands at a place that ``one`` does not take."""
+    if not core.apart:
+        return False
+    apart = torch.tensor(core.apart, device=position.device)
+    return bool((position[:, None] % core.tile == apart).any())
 
 
 class Alignment(NamedTuple):

@@ -31,6 +31,11 @@ class PeriodicMemory:
         """A tile is a period."""
         return self.form.period
 
+    @property
+    def apart(self) -> tuple[int, ...]:
+        """None: every token is like every other."""
+        return ()
+
     def one(self, tokens: Tensors, place: Tensor, carry: Tensors, shared: Tensors) -> tuple[Tensor, Tensors]:
         """See :class:`titans_export.recurrence.Core`."""
         edit, *reference = shared

@@ -91,6 +91,11 @@ class SegmentMemory:
         """Of the operator."""
         return "SegmentMemory"
 
+    @property
+    def apart(self) -> tuple[int, ...]:
+        """None: every token is like every other."""
+        return ()
+
     def one(self, tokens: Tensors, place: Tensor, carry: Tensors, shared: Tensors) -> tuple[Tensor, Tensors]:
         """See :class:`titans_export.recurrence.Core`."""
         slots = torch.arange(self.tile, device=place.device)

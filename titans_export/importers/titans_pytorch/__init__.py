@@ -1,0 +1,1 @@
+"""Models trained with titans-pytorch: their mathematics, without that library."""

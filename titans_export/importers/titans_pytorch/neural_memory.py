@@ -1,0 +1,99 @@
+"""A ``NeuralMemory`` by itself, as a model: vectors in, answers out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from titans_export.importers.titans_pytorch.memory import LibraryMemory
+from titans_export.importers.titans_pytorch.options import MemoryOptions
+from titans_export.importers.titans_pytorch.stream import (
+    Chunks,
+    Inputs,
+    Tensors,
+    advance,
+    entries,
+    learned,
+    one_token,
+    pack,
+    unpack,
+)
+from titans_export.memory_layer import StateEntry
+
+
+class NeuralMemoryModel(nn.Module):
+    """The memory, and what it carries along a stream: the tokens seen and the state of its chunk."""
+
+    def __init__(self, options: MemoryOptions) -> None:
+        """Weights are zero until they are loaded."""
+        super().__init__()
+        self.options = options
+        self.memory = LibraryMemory(options)
+
+    @property
+    def width(self) -> int:
+        """Of the vectors that it takes: three views side by side, where there are three."""
+        return self.options.dim * (3 if self.options.qkv_receives_diff_views else 1)
+
+    def state(self) -> dict[str, StateEntry]:
+        """Every entry of the state by name."""
+        views = 2 if self.options.qkv_receives_diff_views else 1
+        return {"position": StateEntry((), torch.int64, role="position"), **entries(self.options, views)}
+
+    def learned_state(self) -> dict[str, Tensor]:
+        """Entries of the initial state that are not zero, without their batch axis."""
+        return learned(self.memory)
+
+    @property
+    def edit_layers(self) -> int:
+        """One memory."""
+        return 1
+
+    @property
+    def tile(self) -> int:
+        """Tokens that are taken at once: a chunk."""
+        return self.options.chunk_size
+
+    @property
+    def apart(self) -> tuple[int, ...]:
+        """Places in a tile whose tokens are more than a read: the last completes the chunk."""
+        return (self.tile - 1,)
+
+    def before(self, inputs: Tensor) -> Tensor:
+        """What stands before the recurrence: nothing."""
+        return inputs
+
+    def after(self, answers: Tensor) -> Tensor:
+        """What stands after the recurrence: nothing."""
+        return answers
+
+    def one(self, x: Tensor, edit: Tensor, carry: Tensors) -> tuple[Tensor, Tensors]:
+        """One token that completes no chunk: ``(B, 1, width)`` and the state before it."""
+        del edit  # nothing is written yet
+        position, *rest = carry
+        query, stored = self._views(x)
+        place = position % self.options.chunk_size
+        y, state = one_token(self.memory, query, stored, place, unpack(self.options, tuple(rest)))
+        return y, (position + 1, *pack(state))
+
+    def step(self, x: Tensor, live: Tensor, edit: Tensor, carry: Tensors) -> tuple[Tensor, Tensors]:
+        """A tile: ``(B, C, width)`` of which ``live (B, C)`` are there."""
+        position, *rest = carry
+        size = self.options.chunk_size
+        inputs = Inputs(*self._views(x), live)
+        y, state, _ = advance(
+            self.memory,
+            Chunks(size, 0, size),
+            inputs,
+            position - position % size,
+            unpack(self.options, tuple(rest)),
+            edit[:, 0],
+            [],
+        )
+        return y, (position + live.sum(1), *pack(state))
+
+    def _views(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The query's view, and what is stored."""
+        if not self.options.qkv_receives_diff_views:
+            return x, x
+        return x[..., : self.options.dim], x[..., self.options.dim :]
