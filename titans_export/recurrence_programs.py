@@ -31,7 +31,12 @@ def recurrence_programs(model: TitansModel) -> list[RecurrenceProgram]:
         copy.features(
             torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, model.config.layers), copy.initial_state(1)
         )
-    return [_Parts(*one).program() for one in found.values()]
+    return [recurrence_program(*one) for one in found.values()]
+
+
+def recurrence_program(core: Core, tokens: Tensors, carry: Tensors, shared: Tensors) -> RecurrenceProgram:
+    """A recurrence, from examples of what :func:`titans_export.recurrence.run_core` is given."""
+    return _Parts(core, tokens, carry, shared).program()
 
 
 class _Parts:
@@ -43,11 +48,14 @@ class _Parts:
             f"token_{i}": ("batch", x.shape[1], "tokens", *x.shape[3:]) for i, x in enumerate(tokens)
         }
         self.carry = {f"past_{i}": ("batch", *x.shape[1:]) for i, x in enumerate(carry)}
-        _, *weights = shared
-        self.shared: dict[str, Axes] = {"edit": ("batch",)}
+        edit, *weights = shared
+        self.shared: dict[str, Axes] = {"edit": ("batch", *edit.shape[1:])}
         self.shared |= {f"weight_{i}": tuple(x.shape) for i, x in enumerate(weights)}
         self.present = {f"present_{i}": axes for i, axes in enumerate(self.carry.values())}
         self.output: Axes = self.tokens["token_0"]
+        self.dtypes = {"position": torch.int64, "live": torch.bool}
+        for side in ("past", "present"):
+            self.dtypes |= {f"{side}_{i}": x.dtype for i, x in enumerate(carry)}
 
     def program(self) -> RecurrenceProgram:
         return RecurrenceProgram(
@@ -56,6 +64,7 @@ class _Parts:
             tokens=tuple(self.tokens),
             carry=tuple(self.carry),
             output="output",
+            apart=self.core.apart,
             one=self._one(),
             tiles=self._tiles(),
             step=self._step(),
@@ -79,7 +88,7 @@ class _Parts:
 
         outputs: dict[str, Axes] = {name: ("tiles", *self._tile(axes)) for name, axes in self.tokens.items()}
         outputs["live"] = ("tiles", "batch", self.core.tile)
-        return self._program("tiles", tiles, self.tokens, outputs, {"live": torch.bool})
+        return self._program("tiles", tiles, self.tokens, outputs)
 
     def _step(self) -> Program:
         def step(*inputs: Tensor) -> Tensors:
@@ -91,7 +100,7 @@ class _Parts:
         tokens = {name: self._tile(axes) for name, axes in self.tokens.items()}
         outputs = {"output": self._tile(self.output)} | self.present
         axes: dict[str, Axes] = {"live": ("batch", self.core.tile), **tokens, **self.carry, **self.shared}
-        return _program(f"{self.core.name}.step", step, axes, outputs)
+        return self._of("step", step, axes, outputs)
 
     def _rows(self) -> Program:
         def rows(tiles: Tensor, position: Tensor, like: Tensor) -> Tensors:
@@ -102,7 +111,7 @@ class _Parts:
             "position": ("batch",),
             "token_0": self.tokens["token_0"],
         }
-        return _program(f"{self.core.name}.rows", rows, axes, {"output": self.output})
+        return self._of("rows", rows, axes, {"output": self.output})
 
     def _tile(self, axes: Axes) -> Axes:
         return _with(axes, tokens=self.core.tile)
@@ -117,10 +126,19 @@ class _Parts:
         function: Callable[..., Tensors],
         tokens: dict[str, Axes],
         outputs: dict[str, Axes],
-        dtypes: dict[str, torch.dtype] | None = None,
     ) -> Program:
         axes: dict[str, Axes] = {"position": ("batch",), **tokens, **self.carry, **self.shared}
-        return _program(f"{self.core.name}.{name}", function, axes, outputs, dtypes)
+        return self._of(name, function, axes, outputs)
+
+    def _of(
+        self, name: str, function: Callable[..., Tensors], axes: dict[str, Axes], outputs: dict[str, Axes]
+    ) -> Program:
+        inputs = {
+            key: torch.zeros(_sizes(shape), dtype=self.dtypes.get(key, torch.float32))
+            for key, shape in axes.items()
+        }
+        full_name = f"{self.core.name}.{name}"
+        return Program(full_name, _Function(function), inputs, axes, outputs, self.dtypes)
 
 
 class _Function(nn.Module):
@@ -130,22 +148,6 @@ class _Function(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensors:
         return self.function(*inputs)
-
-
-_DTYPES = {"position": torch.int64, "live": torch.bool}
-
-
-def _program(
-    name: str,
-    function: Callable[..., Tensors],
-    axes: dict[str, Axes],
-    outputs: dict[str, Axes],
-    dtypes: dict[str, torch.dtype] | None = None,
-) -> Program:
-    inputs = {
-        key: torch.zeros(_sizes(shape), dtype=_DTYPES.get(key, torch.float32)) for key, shape in axes.items()
-    }
-    return Program(name, _Function(function), inputs, axes, outputs, dtypes or {})
 
 
 def _sizes(axes: Axes) -> list[int]:

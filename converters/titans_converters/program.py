@@ -57,6 +57,7 @@ class RecurrenceProgram:
         tokens: names of the inputs that have an axis of tokens; the first one's third axis counts them.
         carry: names of the inputs that are state, in the order in which they come out.
         output: name of the output that has an axis of tokens.
+        apart: places in a tile whose token ``one`` does not take; a tile takes it.
         one: one token: all inputs → output and state.
         tiles: all inputs → the inputs with an axis of tokens, and ``live``, cut into tiles, tiles first.
         step: one tile: its tokens, state and all other inputs → output and state.
@@ -68,6 +69,7 @@ class RecurrenceProgram:
     tokens: tuple[str, ...]
     carry: tuple[str, ...]
     output: str
+    apart: tuple[int, ...]
     one: Program
     tiles: Program
     step: Program

@@ -1,6 +1,6 @@
 """Recurrences as model-local ONNX functions, put together from traced parts.
 
-The body is ``If (one token) {one} else {tiles, Scan over step, rows}``. Each part is traced from
+The body is ``If (one token, not apart) {one} else {tiles, Scan over step, rows}``. Each part is traced from
 PyTorch by itself, so that what runs in a graph is what runs in training, and only the loop is ours.
 """
 
@@ -19,32 +19,50 @@ from titans_converters.program import Program, RecurrenceProgram
 def recurrence_function(recurrence: RecurrenceProgram) -> ir.Function:
     """The operator's body for any batch and any number of tokens."""
     inputs = {name: _like_example(name, recurrence.one) for name in recurrence.one.inputs}
-    query = inputs[recurrence.tokens[0]]
-    shape, axis = _node("Shape", [query], start=2, end=3), _constant("unit", [1])
-    single = _node("Equal", [shape.outputs[0], axis.outputs[0]])
-    scalar = _node("Squeeze", [single.outputs[0]])
+    condition = _is_single(recurrence, inputs)
     branches = {"then_branch": _one_token(recurrence, inputs), "else_branch": _tiles(recurrence, inputs)}
     choice = ir.Node(
         "",
         "If",
-        [scalar.outputs[0]],
+        [condition[-1].outputs[0]],
         [ir.AttrGraph(name, graph) for name, graph in branches.items()],
         num_outputs=len(recurrence.one.output_axes),
     )
     for value, name in zip(choice.outputs, recurrence.one.output_axes, strict=True):
         value.name = name
-    for node, name in ((shape, "tokens"), (single, "is_single_1"), (scalar, "is_single")):
-        node.outputs[0].name = name
     graph = ir.Graph(
         list(inputs.values()),
         list(choice.outputs),
-        nodes=[shape, axis, single, scalar, choice],
+        nodes=[*condition, choice],
         opset_imports={"": OPSET},
         name=recurrence.name,
     )
     # Declared, like those of the other operator, for readers of the graph; the body is built for them.
     attributes = [ir.Attr(name, ir.AttributeType.UNDEFINED, None) for name in memory_op.ATTRIBUTES]
     return ir.Function(memory_op.DOMAIN, recurrence.name, graph=graph, attributes=attributes)
+
+
+def _is_single(recurrence: RecurrenceProgram, inputs: Mapping[str, ir.Value]) -> list[ir.Node]:
+    """Whether there is one token, which no row has at a place apart: the last node's scalar."""
+    query = inputs[recurrence.tokens[0]]
+    shape, axis = _node("Shape", [query], start=2, end=3), _constant("unit", [1])
+    single = _node("Equal", [shape.outputs[0], axis.outputs[0]])
+    nodes = [shape, axis, single, _node("Squeeze", [single.outputs[0]])]
+    if recurrence.apart:
+        tile, apart = _constant("tile", [recurrence.tile]), _constant("apart", recurrence.apart)
+        place = _node("Mod", [inputs["position"], tile.outputs[0]])
+        places = _node("Unsqueeze", [place.outputs[0], axis.outputs[0]])
+        equal = _node("Equal", [places.outputs[0], apart.outputs[0]])
+        ones = _node("Cast", [equal.outputs[0]], to=ir.DataType.INT64)
+        any_ = _node("ReduceMax", [ones.outputs[0]], keepdims=0)
+        bool_ = _node("Cast", [any_.outputs[0]], to=ir.DataType.BOOL)
+        none = _node("Not", [bool_.outputs[0]])
+        both = _node("And", [nodes[-1].outputs[0], none.outputs[0]])
+        nodes += [tile, apart, place, places, equal, ones, any_, bool_, none, both]
+    for index, node in enumerate(nodes):
+        if not node.outputs[0].name:
+            node.outputs[0].name = f"is_single_{index}"
+    return nodes
 
 
 def _one_token(recurrence: RecurrenceProgram, inputs: Mapping[str, ir.Value]) -> ir.Graph:
@@ -54,6 +72,7 @@ def _one_token(recurrence: RecurrenceProgram, inputs: Mapping[str, ir.Value]) ->
 
 def _tiles(recurrence: RecurrenceProgram, inputs: Mapping[str, ir.Value]) -> ir.Graph:
     cut_nodes, tiles = _splice(recurrence.tiles, "cut.", inputs)
+    count_nodes, tiles = _without_empty(tiles)
     step, carried = recurrence.step, recurrence.carry
     body_inputs = {name: _like_example(f"step.{name}", step, name) for name in (*carried, *tiles)}
     nodes, outputs = _splice(step, "step.", {**inputs, **body_inputs})
@@ -80,9 +99,27 @@ def _tiles(recurrence: RecurrenceProgram, inputs: Mapping[str, ir.Value]) -> ir.
     return ir.Graph(
         [],
         [rows[recurrence.output], *last.values()],
-        nodes=[*cut_nodes, scan, *row_nodes],
+        nodes=[*cut_nodes, *count_nodes, scan, *row_nodes],
         name="tiles",
     )
+
+
+def _without_empty(tiles: Mapping[str, ir.Value]) -> tuple[list[ir.Node], dict[str, ir.Value]]:
+    """The tiles that hold a token: the last one may hold none, since it is there for rows that begin late."""
+    zero, axes = _constant("tiles.zero", [0]), _constant("tiles.axes", [1, 2])
+    ones = _node("Cast", [tiles["live"]], to=ir.DataType.INT64)
+    held = _node("ReduceMax", [ones.outputs[0], axes.outputs[0]], keepdims=0)
+    count = _node("ReduceSum", [held.outputs[0]], keepdims=1)
+    nodes = [zero, axes, ones, held, count]
+    for name, node in (("ones", ones), ("held", held), ("count", count)):
+        node.outputs[0].name = f"tiles.{name}"
+    kept = {}
+    for name, value in tiles.items():
+        node = _node("Slice", [value, zero.outputs[0], count.outputs[0], zero.outputs[0]])
+        node.outputs[0].name = f"kept.{name}"
+        nodes.append(node)
+        kept[name] = node.outputs[0]
+    return nodes, kept
 
 
 def _splice(
@@ -144,6 +181,7 @@ def _set_type(value: ir.Value, program: Program, name: str) -> None:
 
 
 def _node(op_type: str, inputs: Sequence[ir.Value], **attributes: int) -> ir.Node:
+    """A node whose attributes are integers."""
     return ir.Node("", op_type, inputs, [ir.AttrInt64(name, value) for name, value in attributes.items()])
 
 

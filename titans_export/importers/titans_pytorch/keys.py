@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ def recognised(keys: Iterable[str]) -> str:
         old = any(name.endswith(".dynamic_alpha_fn") for name in names)
         if old and not any(name.endswith(".residual_scale") for name in names):
             raise DataError(
-                "the checkpoint has hyper-connections of titans-pytorch before 0.5, whose mathematics differ; "
+                "the checkpoint has hyper-connections of titans-pytorch before 0.5, with other mathematics; "
                 "train it on with 0.5, or import a checkpoint of 0.5"
             )
         return TRANSFORMER
@@ -101,7 +101,7 @@ class _Reader:
 
     def end(self) -> None:
         if self._left:
-            key = sorted(self._left)[0]
+            key = min(self._left)
             raise DataError(
                 f"{key} belongs to no option that the constructor arguments switch on "
                 f"({len(self._left)} such keys); give the arguments that the model was trained with"
@@ -139,13 +139,13 @@ def _template_names(options: MemoryOptions) -> list[str]:
     inner = "model." if options.mem_model_norm_add_residual else ""
     outer = ["norm.gamma"] if options.mem_model_norm_add_residual else []
     depth, kind = options.model["depth"], options.model["class"]
-    per_layer = {"MemoryMLP": 0, "FactorizedMemoryMLP": 2, "MemorySwiGluMLP": 2, "GatedResidualMemoryMLP": 3}[
+    parts = {"MemoryMLP": 0, "FactorizedMemoryMLP": 2, "MemorySwiGluMLP": 2, "GatedResidualMemoryMLP": 3}[
         kind
     ]
     layers = range(depth)
     names = (
-        [f"weights.{layer}.{i}" for layer in layers for i in range(per_layer)]
-        if per_layer
+        [f"weights.{layer}.{i}" for layer in layers for i in range(parts)]
+        if parts
         else [f"weights.{layer}" for layer in layers]
     )
     names += {"MemorySwiGluMLP": ["norm.gamma"], "GatedResidualMemoryMLP": ["final_proj"]}.get(kind, [])
@@ -221,9 +221,10 @@ def _load_attention(layer: Layer, reader: _Reader, prefix: str) -> None:
 def _load_connection(connection: HyperConnection, reader: _Reader, prefix: str) -> None:
     """Norm and scales are multiplied into the weights."""
     dim, streams = connection.weight.shape[0], connection.streams
-    take: Callable[[str, tuple[int, ...]], Tensor] = lambda name, shape: reader.take(
-        f"{prefix}.{name}", shape
-    )  # noqa: E731
+
+    def take(name: str, shape: tuple[int, ...]) -> Tensor:
+        return reader.take(f"{prefix}.{name}", shape)
+
     alpha = take("dynamic_alpha_fn", (1, dim, streams + 1))[0]
     scales = torch.cat([take("pre_branch_scale", (1,)), take("residual_scale", (1,)).expand(streams)])
     columns, static = [alpha * scales], [take("static_alpha", (streams, streams + 1))]
