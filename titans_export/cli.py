@@ -1,4 +1,4 @@
-"""The commands that need PyTorch: train, init, export, demo. ``titans`` finds them by entry point."""
+"""The commands that need PyTorch: train, init, import, export, demo. ``titans`` finds them by entry point."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def register(subparsers: Subparsers) -> None:
     """Add this package's commands to the ``titans`` command line."""
     _add_train(subparsers)
     _add_init(subparsers)
+    _add_import(subparsers)
     _add_export(subparsers)
     _add_engine(subparsers)
     _add_demo(subparsers)
@@ -129,6 +130,35 @@ def _init(args: argparse.Namespace) -> int:
 
     torch.manual_seed(args.seed)
     save_checkpoint(TitansModel(overridden(PRESETS[args.preset], args.set)), args.out)
+    print(args.out)
+    return 0
+
+
+def _add_import(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser("import", help="turn another library's checkpoint into one of ours")
+    parser.add_argument("library", choices=("titans-pytorch",))
+    parser.add_argument("file", type=Path, metavar="FILE", help="a state dict: torch.save or safetensors")
+    parser.add_argument("--out", type=Path, required=True, metavar="CHECKPOINT")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="JSON",
+        help="the arguments that the model was built with (default: FILE with the ending .json)",
+    )
+    parser.add_argument(
+        "--tokenizer", choices=("ids", "bytes"), help="what a token id stands for (default: ids)"
+    )
+    parser.add_argument(
+        "--entry", metavar="NAME", help="what holds the state dict, in a file of several things"
+    )
+    parser.set_defaults(handler=_import)
+
+
+def _import(args: argparse.Namespace) -> int:
+    from titans_export.importers.titans_pytorch.checkpoint import import_checkpoint
+
+    found = import_checkpoint(args.file, args.out, args.config, args.tokenizer, args.entry)
+    _note(f"{found.kind}: {found.tensors} tensors, all accounted for; {found.parameters:,} parameters")
     print(args.out)
     return 0
 

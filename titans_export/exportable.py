@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ from titans_export.memory_layer import Rules, State, StateEntry
 from titans_export.model import TitansModel, state_schema
 from titans_export.programs import model_program, readout_gradient_program
 from titans_export.recurrence_programs import recurrence_programs
-from titans_export.training.checkpoint import load_checkpoint
+from titans_export.training.checkpoint import CONFIG_FILE, load_checkpoint
 
 
 @dataclass(frozen=True)
@@ -115,4 +116,18 @@ def load_exportable(checkpoint: Path) -> Exportable:
     Raises:
         DataError: a file is missing or damaged, or the weights do not fit the config.
     """
-    return OwnModel(load_checkpoint(checkpoint))
+    config = _config(checkpoint)
+    if "library" not in config:
+        return OwnModel(load_checkpoint(checkpoint))
+    from titans_export.importers.titans_pytorch.checkpoint import load_imported
+
+    return load_imported(checkpoint, config)
+
+
+def _config(checkpoint: Path) -> dict[str, Any]:
+    """``config.json``, as far as it can be read: what is wrong with it is said by who reads it."""
+    try:
+        content = json.loads((checkpoint / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _EXPORT_COMMANDS = {
     "train": "train a model",
     "init": "write a checkpoint with random weights",
+    "import": "turn another library's checkpoint into one of ours",
     "export": "turn a checkpoint into a bundle",
     "engine": "build a TensorRT engine of a bundle",
     "demo": "watch the shipped model learn",

@@ -34,7 +34,7 @@ def recurrence_function(recurrence: RecurrenceProgram) -> ir.Function:
         list(inputs.values()),
         list(choice.outputs),
         nodes=[*condition, choice],
-        opset_imports={"": OPSET},
+        opset_imports={"": OPSET, memory_op.DOMAIN: memory_op.VERSION},
         name=recurrence.name,
     )
     # Declared, like those of the other operator, for readers of the graph; the body is built for them.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from titans_converters import memory_op
+from titans_converters.onnx import sinkhorn
 from titans_converters.onnx.function import OPSET, neural_memory_function
 from titans_converters.program import Program, RecurrenceProgram
 
@@ -107,6 +108,7 @@ def trace(program: Program, recurrences: Sequence[RecurrenceProgram] = ()) -> ir
             function = recurrence_function(recurrence)
             model.functions[function.identifier()] = function
             model.opset_imports[memory_op.DOMAIN] = memory_op.VERSION
+    _add_sinkhorn_function(model)
     return model
 
 
@@ -190,6 +192,20 @@ def _add_memory_function(model: ir.Model) -> None:
         raise ValueError(f"memory nodes with different tiles {sorted(tiles)}; one body serves them all")
     for tile in tiles:
         function = ir.serde.deserialize_function(neural_memory_function(tile))
+        model.functions[function.identifier()] = function
+        model.opset_imports[memory_op.DOMAIN] = memory_op.VERSION
+
+
+def _add_sinkhorn_function(model: ir.Model) -> None:
+    everywhere = [*model.graph.all_nodes()]
+    for function in model.functions.values():
+        everywhere += function.all_nodes()
+    nodes = [node for node in everywhere if (node.domain, node.op_type) == (memory_op.DOMAIN, sinkhorn.NAME)]
+    forms = {(node.attributes["size"].as_int(), node.attributes["iterations"].as_int()) for node in nodes}
+    if len(forms) > 1:
+        raise ValueError(f"Sinkhorn nodes of different forms {sorted(forms)}; one body serves them all")
+    for form in forms:
+        function = ir.serde.deserialize_function(sinkhorn.sinkhorn_function(*form))
         model.functions[function.identifier()] = function
         model.opset_imports[memory_op.DOMAIN] = memory_op.VERSION
 

@@ -10,14 +10,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from titans_converters.onnx.sinkhorn import sinkhorn_node
 from titans_converters.onnx.trace import recurrence_node
 from titans_converters.program import Axes, Program, RecurrenceProgram
 from titans_export.exportable import Facts
 from titans_export.importers.titans_pytorch.core import Streamed
+from titans_export.importers.titans_pytorch.goldens import make_goldens
 from titans_export.importers.titans_pytorch.keys import LibraryModel
+from titans_export.importers.titans_pytorch.residual import HyperConnection
 from titans_export.importers.titans_pytorch.transformer import TransformerModel
 from titans_export.memory_layer import Rules, StateEntry
-from titans_export.recurrence import Core, Tensors, run_core
+from titans_export.recurrence import Core, Tensors
 from titans_export.recurrence_programs import recurrence_program
 
 # Example sizes for tracing: unlike each other and unlike any fixed size of a sensible model.
@@ -73,7 +76,7 @@ class ImportedModel:
 
     def programs(self) -> list[Program]:
         """The model."""
-        streamed = Streamed(copy.deepcopy(self.model), Rules(recurrence=recurrence_node))
+        streamed = Streamed(self.model, Rules(recurrence=recurrence_node))
         schema = self.state()
         sequence, scores = self._sequence(), self._scores()
         past_axes: dict[str, Axes] = {f"past.{key}": ("batch", *entry.shape) for key, entry in schema.items()}
@@ -106,10 +109,15 @@ class ImportedModel:
         def watch(
             core: Core, position: Tensor, tokens: Tensors, carry: Tensors, shared: Tensors
         ) -> tuple[Tensor, Tensors]:
+            del position
             found.append(recurrence_program(core, tokens, carry, shared))
-            return run_core(core, position, tokens, carry, shared)
+            return tokens[0], carry
 
-        streamed = Streamed(self.model, Rules(recurrence=watch))
+        model = copy.deepcopy(self.model)
+        for module in model.modules():
+            if isinstance(module, HyperConnection):
+                module.sinkhorn = sinkhorn_node
+        streamed = Streamed(model, Rules(recurrence=watch))
         example = self._sequence().example[:1, :1]
         with torch.no_grad():
             streamed(example, torch.zeros(1, self.model.edit_layers), *streamed.initial_state(1))
@@ -130,4 +138,4 @@ class ImportedModel:
 
     def goldens(self) -> dict[str, npt.NDArray[np.generic]]:
         """By the token loop in float64."""
-        return {}
+        return make_goldens(self.model)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-_ITERATIONS = 20
+ITERATIONS = 20
 _SMALLEST = 1e-12
 
 
@@ -43,6 +43,7 @@ class HyperConnection(nn.Module):
         """``adds``: whether the branch's answer goes back to the streams."""
         super().__init__()
         self.streams, self.adds = streams, adds
+        self.sinkhorn = sinkhorn  # an exporter puts an operator here
         columns = 1 + streams + adds
         self.weight = nn.Parameter(torch.zeros(dim, columns))
         self.static = nn.Parameter(torch.zeros(streams, columns))
@@ -51,7 +52,7 @@ class HyperConnection(nn.Module):
         """``(B, E, s, dim)``."""
         length = x.square().sum(-1, keepdim=True).sqrt().clamp(min=_SMALLEST)
         mix = (x @ self.weight) / length + self.static
-        stochastic = sinkhorn(mix[..., 1 : 1 + self.streams])
+        stochastic = self.sinkhorn(mix[..., 1 : 1 + self.streams], ITERATIONS)
         ways = torch.cat([torch.sigmoid(mix[..., :1]), stochastic], dim=-1).mT @ x
         weight = 2.0 * torch.sigmoid(mix[..., -1:]) if self.adds else None
         return Mixed(ways[:, :, 0], ways[:, :, 1:], weight)
@@ -70,7 +71,7 @@ class SingleStream(nn.Module):
         return Mixed(x[:, :, 0], x, None)
 
 
-def sinkhorn(logits: Tensor) -> Tensor:
+def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
     """``exp`` of ``(…, s, s)``, its columns and rows divided by their sums in turn.
 
     Kept as the matrix and a factor for each row and column: ``u_i K_ij v_j``.
@@ -78,7 +79,7 @@ def sinkhorn(logits: Tensor) -> Tensor:
     kernel = torch.exp(logits - logits.amax(-2, keepdim=True))
     row = torch.ones_like(kernel[..., :1])
     column = row.mT
-    for _ in range(_ITERATIONS):
+    for _ in range(iterations):
         column = 1.0 / (kernel * row).sum(-2, keepdim=True)
         row = 1.0 / (kernel * column).sum(-1, keepdim=True)
     return kernel * row * column

@@ -1,0 +1,232 @@
+"""A file of titans-pytorch to a checkpoint of ours, and that checkpoint to a model."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from titans_export.importers.titans_pytorch.exportable import ImportedModel
+from titans_export.importers.titans_pytorch.keys import (
+    MEMORY,
+    TRANSFORMER,
+    LibraryModel,
+    build_model,
+    load,
+    recognised,
+    unwrapped,
+)
+from titans_export.importers.titans_pytorch.options import (
+    MemoryOptions,
+    TransformerOptions,
+    from_dict,
+    to_dict,
+)
+from titans_export.training.checkpoint import CONFIG_FILE, TENSORS_FILE, read_tensors, write_json
+from titans_runtime.errors import DataError, UsageError
+from titans_runtime.files import write_atomically
+
+LIBRARY = "titans-pytorch"
+_EDITING = {"edit": 1.0, "editor": None}
+_EDITING_FILE = "editing.json"
+_BYTES = 256
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import has found.
+
+    Attributes:
+        kind: the library's class.
+        tensors: in the file.
+        parameters: numbers in the checkpoint.
+    """
+
+    kind: str
+    tensors: int
+    parameters: int
+
+
+def import_checkpoint(
+    file: Path,
+    out: Path,
+    config: Path | None = None,
+    tokenizer: str | None = None,
+    entry: str | None = None,
+) -> Imported:
+    """Convert a state dict of titans-pytorch.
+
+    Args:
+        file: written by ``torch.save`` or by safetensors.
+        out: folder of the checkpoint.
+        config: the constructor's arguments as JSON; default is the file beside ``file`` of its name.
+        tokenizer: ``bytes`` or ``ids`` for a transformer, default ``ids``; a memory takes vectors.
+        entry: of a file that holds a dictionary of several things, the one that is the state dict.
+
+    Raises:
+        DataError: a file is missing or damaged, or its keys or shapes are not those of the arguments.
+        UsageError: an argument cannot be represented, or does not fit the model.
+    """
+    tensors = unwrapped(_read(file, entry))
+    try:
+        kind = recognised(tensors)
+    except DataError as error:
+        raise DataError(f"{file}: {error}") from None
+    path = config or file.with_suffix(".json")
+    arguments = _arguments(path)
+    stated = arguments.pop("class", kind)
+    if stated != kind:
+        raise UsageError(f"{path}: class is {stated!r}, but {file} holds a {kind}")
+    try:
+        options = MemoryOptions.read(arguments) if kind == MEMORY else TransformerOptions.read(arguments)
+        content = {
+            "library": LIBRARY,
+            "class": kind,
+            "options": to_dict(options),
+            "tokenizer": _tokenizer(options, tokenizer),
+        }
+        _refuse_outside_weights(options)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+    model = build_model(kind, options)
+    try:
+        load(model, tensors)
+    except DataError as error:
+        raise DataError(f"{file}: {error}") from None
+    out.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    write_atomically(out / TENSORS_FILE, save_tensors(state))
+    write_json(out / _EDITING_FILE, _EDITING)
+    write_json(out / CONFIG_FILE, content)
+    return Imported(kind, len(tensors), sum(tensor.numel() for tensor in state.values()))
+
+
+def load_imported(folder: Path, config: Mapping[str, Any]) -> ImportedModel:
+    """The model of a checkpoint that :func:`import_checkpoint` has written.
+
+    Raises:
+        DataError: the config or the weights are damaged, or do not fit each other.
+    """
+    path = folder / CONFIG_FILE
+    if config.get("library") != LIBRARY or config.get("class") not in (MEMORY, TRANSFORMER):
+        raise DataError(
+            f"{path}: library {config.get('library')!r} with class {config.get('class')!r} is unknown"
+        )
+    kind = str(config["class"])
+    try:
+        fields = dict(config["options"])
+        options = (
+            from_dict(MemoryOptions, fields) if kind == MEMORY else from_dict(TransformerOptions, fields)
+        )
+        _tokenizer(options, config.get("tokenizer"))
+    except (UsageError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: {error}") from None
+    model = build_model(kind, options)
+    _fill(model, folder / TENSORS_FILE)
+    return ImportedModel(model, dict(config))
+
+
+def _fill(model: LibraryModel, path: Path) -> None:
+    tensors, expected = read_tensors(path), model.state_dict()
+    for name in sorted(expected.keys() | tensors.keys()):
+        if name not in tensors or name not in expected:
+            side = "missing from" if name not in tensors else "not expected in"
+            raise DataError(f"{path}: tensor {name!r} is {side} the file; import it again")
+        if tensors[name].shape != expected[name].shape:
+            raise DataError(
+                f"{path}: {name} has shape {tuple(tensors[name].shape)}; "
+                f"config.json asks for {tuple(expected[name].shape)}"
+            )
+    model.load_state_dict(tensors)
+
+
+def _tokenizer(options: MemoryOptions | TransformerOptions, wanted: object) -> str:
+    if isinstance(options, MemoryOptions):
+        if wanted not in (None, "vectors"):
+            raise UsageError(f"tokenizer is {wanted!r}; a {MEMORY} takes vectors")
+        return "vectors"
+    if wanted not in (None, "ids", "bytes"):
+        raise UsageError(f"tokenizer is {wanted!r}; a {TRANSFORMER} has 'ids' or 'bytes'")
+    if wanted == "bytes" and options.num_tokens > _BYTES:
+        raise UsageError(
+            f"tokenizer is 'bytes', of which there are {_BYTES}; num_tokens is {options.num_tokens}"
+        )
+    return str(wanted or "ids")
+
+
+def _refuse_outside_weights(options: MemoryOptions | TransformerOptions) -> None:
+    if isinstance(options, MemoryOptions) and options.accept_weight_residual:
+        raise UsageError(
+            f"{MEMORY}: accept_weight_residual needs another memory's weights; import the "
+            f"{TRANSFORMER} that both belong to"
+        )
+
+
+def _arguments(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); write the arguments that the model was built with "
+            "as JSON there, or name their file with --config"
+        ) from None
+    except ValueError as error:
+        raise DataError(f"{path}: no JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: must hold an object, the constructor's arguments by name")
+    return content
+
+
+def _read(file: Path, entry: str | None) -> dict[str, Tensor]:
+    """The state dict in a file, in float32."""
+    content: object = read_tensors(file) if file.suffix == ".safetensors" else _unpickled(file)
+    if entry is not None:
+        if not isinstance(content, Mapping) or entry not in content:
+            held = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
+            raise UsageError(f"--entry {entry}: {file} holds {held}")
+        content = content[entry]
+    if not isinstance(content, Mapping) or not content:
+        raise DataError(f"{file}: holds no state dict; save model.state_dict()")
+    others = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
+    if others:
+        raise DataError(
+            f"{file}: {others[0]!r} is no tensor; save model.state_dict(), or name what holds it: "
+            f"--entry {others[0]}"
+        )
+    return {str(name): _checked(file, str(name), tensor) for name, tensor in content.items()}
+
+
+def _unpickled(file: Path) -> object:
+    """By ``torch.load`` with nothing but tensors allowed."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from None
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        zipfile.BadZipFile,
+    ) as error:
+        reason = str(error).strip().split("\n", maxsplit=1)[0]
+        raise DataError(
+            f"{file}: no file of tensors ({reason}); save model.state_dict() with torch.save, or safetensors"
+        ) from None
+
+
+def _checked(file: Path, name: str, tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        raise DataError(f"{file}: {name} is of type {tensor.dtype}; expected floating-point numbers")
+    if not torch.isfinite(tensor).all():
+        raise DataError(f"{file}: {name} holds values that are not finite")
+    return tensor.float()

@@ -1,0 +1,105 @@
+"""Goldens of an imported model: what its token loop answers in float64."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from titans_export.importers.titans_pytorch.keys import LibraryModel
+from titans_export.importers.titans_pytorch.reference import Loop, loop
+from titans_export.importers.titans_pytorch.transformer import TransformerModel
+
+Arrays = dict[str, npt.NDArray[np.generic]]
+
+_LONGEST_BATCH = 256  # tokens between two moves of what gradients are taken at, if a golden is to see one
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One stream, cut into calls.
+
+    Attributes:
+        name: first part of the tensors' names.
+        lengths: tokens of each call.
+        edit: ``(B, memories)``.
+        before: tokens that each row has seen before the first call; none begins with an empty memory.
+    """
+
+    name: str
+    lengths: tuple[int, ...]
+    edit: Tensor
+    before: tuple[int, ...] = ()
+
+
+def make_goldens(model: LibraryModel, seed: int = 0) -> Arrays:
+    """Run the token loop on a few streams, cut at several places, editing off, on and mixed.
+
+    Returns:
+        Tensors named ``<case>.model.<call>.<input|output>.<tensor>``.
+    """
+    reference = copy.deepcopy(model).double().eval()
+    generator = torch.Generator().manual_seed(seed)
+    arrays: Arrays = {}
+    for case in _cases(model, generator):
+        arrays |= _run(reference, case, generator)
+    return arrays
+
+
+def _cases(model: LibraryModel, generator: torch.Generator) -> list[_Case]:
+    tile, memories = model.tile, model.edit_layers
+    options = model.options.memory if isinstance(model, TransformerModel) else model.options
+    batch = options.batch_size or 0
+    long = tile + 2 + (batch if batch <= _LONGEST_BATCH else 0)
+    mixed = torch.rand(2, memories, generator=generator)
+    return [
+        _Case("edit_on", (long, 1, max(tile - 1, 1), 2), torch.ones(1, memories)),
+        _Case("edit_off", (3, 1, tile, 1), torch.zeros(1, memories)),
+        _Case("mixed_batch", (2, 1, tile + 1), mixed, before=(tile // 2 + 1, tile + 1)),
+    ]
+
+
+def _run(model: LibraryModel, case: _Case, generator: torch.Generator) -> Arrays:
+    rows = [loop(model, edit) for edit in case.edit.double()]
+    arrays: Arrays = {}
+    if case.before:
+        for row, tokens in zip(rows, case.before, strict=True):
+            _see(row, _sequence(model, 1, tokens, generator)[0])
+        arrays |= _named(f"{case.name}.model.0.input.past.", _state(rows))
+    name = "input_ids" if isinstance(model, TransformerModel) else "inputs"
+    scores = "logits" if isinstance(model, TransformerModel) else "outputs"
+    for call, length in enumerate(case.lengths):
+        prefix = f"{case.name}.model.{call}"
+        sequence = _sequence(model, len(rows), length, generator)
+        arrays[f"{prefix}.input.{name}"] = sequence.numpy()
+        arrays[f"{prefix}.input.edit"] = case.edit.numpy()
+        answers = [_see(row, own) for row, own in zip(rows, sequence, strict=True)]
+        arrays[f"{prefix}.output.{scores}"] = torch.stack(answers).float().numpy()
+    return arrays | _named(f"{prefix}.output.present.", _state(rows))
+
+
+def _see(row: Loop, sequence: Tensor) -> Tensor:
+    double = sequence.double() if sequence.is_floating_point() else sequence
+    return torch.stack([row.see(token) for token in double])
+
+
+def _sequence(model: LibraryModel, batch: int, tokens: int, generator: torch.Generator) -> Tensor:
+    if isinstance(model, TransformerModel):
+        return torch.randint(model.options.num_tokens, (batch, tokens), generator=generator)
+    return torch.randn(batch, tokens, model.width, generator=generator)
+
+
+def _state(rows: list[Loop]) -> dict[str, Tensor]:
+    states = [row.state() for row in rows]
+    return {name: torch.stack([state[name] for state in states]) for name in states[0]}
+
+
+def _named(prefix: str, state: dict[str, Tensor]) -> Arrays:
+    return {
+        prefix + name: (tensor.float() if tensor.is_floating_point() else tensor).detach().numpy()
+        for name, tensor in state.items()
+    }
