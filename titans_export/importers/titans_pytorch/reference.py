@@ -109,8 +109,8 @@ class MemoryLoop:
                 step * (own.network.read(weights, key[None, None])[0, 0] - value).square().mean()
                 for key, value, step in zip(keys, values, steps, strict=True)
             ]
-            gradient = torch.autograd.grad(torch.stack(losses).sum(), variables, allow_unused=True)
-        found = [torch.zeros_like(w) if g is None else g for g, w in zip(gradient, base, strict=True)]
+            loss = torch.stack(losses).sum()
+            found = list(torch.autograd.grad(loss, variables, materialize_grads=True))
         limit = options.max_grad_norm
         return found if limit is None else [_soft_clamp(g, limit) for g in found]
 

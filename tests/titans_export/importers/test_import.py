@@ -1,0 +1,275 @@
+"""``titans import titans-pytorch``: what it reads, and what it refuses by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tests.titans_export.importers.cases import MEMORY_BASE, TRANSFORMER_BASE, TRANSFORMER_CASES
+from tests.titans_export.importers.library import MEMORY, TRANSFORMER, library_model
+from titans_export.config import ModelConfig
+from titans_export.exportable import load_exportable
+from titans_runtime.cli import main
+from titans_runtime.errors import DataError
+
+pytest.importorskip("titans_pytorch")
+
+Tensors = dict[str, Tensor]
+_TRANSFORMER = TRANSFORMER_BASE | TRANSFORMER_CASES["long-term tokens"]
+
+
+@pytest.fixture(scope="module")
+def memory() -> Tensors:
+    return library_model(MEMORY, MEMORY_BASE).state_dict()
+
+
+@pytest.fixture(scope="module")
+def transformer() -> Tensors:
+    return library_model(TRANSFORMER, _TRANSFORMER).state_dict()
+
+
+def _import(
+    folder: Path, content: object, arguments: object, *options: str, suffix: str = ".pt"
+) -> tuple[int, Path]:
+    file = folder / f"model{suffix}"
+    if suffix == ".safetensors":
+        assert isinstance(content, dict)
+        save_file({name: tensor.contiguous() for name, tensor in content.items()}, file)
+    else:
+        torch.save(content, file)
+    if arguments is not None:
+        (folder / "model.json").write_text(json.dumps(arguments), encoding="utf-8")
+    out = folder / "checkpoint"
+    return main(["import", "titans-pytorch", str(file), "--out", str(out), *options]), out
+
+
+def _weights(folder: Path) -> Tensors:
+    return load_exportable(folder).module.state_dict()
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_memory_is_imported_from_either_kind_of_file(
+    memory: Tensors, tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out = _import(tmp_path, memory, MEMORY_BASE, suffix=suffix)
+    assert code == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"{out}\n"
+    assert printed.err.startswith("NeuralMemory: 19 tensors, all accounted for; ")
+    model = load_exportable(out)
+    assert model.facts().tokenizer == "vectors"
+    assert torch.equal(model.module.state_dict()["memory.to_queries.weight"], memory["to_queries.weight"].t())
+    assert json.loads((out / "editing.json").read_text()) == {"edit": 1.0, "editor": None}
+
+
+def test_a_transformer_is_imported(transformer: Tensors, tmp_path: Path) -> None:
+    code, out = _import(tmp_path, transformer, _TRANSFORMER | {"class": TRANSFORMER})
+    assert code == 0
+    facts = load_exportable(out).facts()
+    assert (facts.tokenizer, facts.vocab_size, facts.edit_layers) == ("ids", 32, 2)
+
+
+def test_the_tokenizer_is_what_the_user_says(transformer: Tensors, tmp_path: Path) -> None:
+    code, out = _import(tmp_path, transformer, _TRANSFORMER, "--tokenizer", "bytes")
+    assert code == 0
+    assert load_exportable(out).facts().tokenizer == "bytes"
+
+
+def test_prefixes_of_wrappers_are_taken_off(memory: Tensors, tmp_path: Path) -> None:
+    wrapped = {f"module._orig_mod.{name}": tensor for name, tensor in memory.items()}
+    code, out = _import(tmp_path, wrapped, MEMORY_BASE)
+    assert code == 0
+    assert torch.equal(_weights(out)["memory.to_keys.weight"], memory["to_keys.weight"].t())
+
+
+def test_the_state_dict_may_be_one_entry_of_several(
+    memory: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    several = {"model": memory, "optimizer": {"lr": 0.1}}
+    code, _ = _import(tmp_path, several, MEMORY_BASE)
+    assert code == 3
+    assert "'model' is no tensor; save model.state_dict(), or name what holds it: --entry" in _line(capsys)
+    code, out = _import(tmp_path, several, MEMORY_BASE, "--entry", "model")
+    assert code == 0
+    assert _weights(out)
+    code, _ = _import(tmp_path, several, MEMORY_BASE, "--entry", "ema")
+    assert code == 2
+    assert "holds model, optimizer" in _line(capsys)
+
+
+def test_half_precision_becomes_float32(memory: Tensors, tmp_path: Path) -> None:
+    code, out = _import(tmp_path, {name: t.bfloat16() for name, t in memory.items()}, MEMORY_BASE)
+    assert code == 0
+    assert {tensor.dtype for tensor in _weights(out).values()} == {torch.float32}
+
+
+def _line(capsys: pytest.CaptureFixture[str]) -> str:
+    """The error, which is one line or two; notes before it are skipped."""
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("titans: ") or lines[-2].startswith("titans: ")
+    return " ".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"class": "MemoryAttention"}}, "MemoryAttention, which attends within its chunk"),
+        ({"model": {"class": "MyMemory"}}, "model is 'MyMemory'; known: MemoryMLP, "),
+        ({"model": {"class": "MemoryMLP", "width": 3}}, "MemoryMLP has no argument 'width'"),
+        ({"store_memory_loss_fn": "mine"}, "store_memory_loss_fn is code of yours"),
+        ({"adaptive_step_transform": "mine"}, "adaptive_step_transform is code of yours"),
+        ({"chunk_size": [4, 8]}, "chunk_size is [4, 8]; it must be one integer"),
+        ({"activation": "LeakyReLU"}, "activation is 'LeakyReLU'; known: GELU, "),
+        ({"accept_weight_residual": True}, "accept_weight_residual needs another memory's weights"),
+        ({"batch_size": 6}, "batch_size is 6, no multiple of chunk_size 4"),
+        ({"attn_pool": True}, "unknown argument 'attn_pool'"),
+        ({"momentum": "yes"}, "momentum is 'yes'; expected bool"),
+        ({"heads": 0}, "heads is 0; it must be 1 or more"),
+        ({"class": "MemoryAsContextTransformer"}, "class is 'MemoryAsContextTransformer', but"),
+    ],
+)
+def test_what_cannot_be_represented_is_refused_by_name(
+    memory: Tensors,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: dict[str, Any],
+    message: str,
+) -> None:
+    code, out = _import(tmp_path, memory, MEMORY_BASE | change)
+    assert code == 2
+    assert message in _line(capsys)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"token_emb": "mine"}, "token_emb is code of yours"),
+        ({"neural_memory_segment_len": 3}, "neural_memory_segment_len is 3, which does not divide"),
+        ({"neural_memory_model": {"class": "MemoryAttention"}}, "MemoryAttention, which attends"),
+        (
+            {"neural_memory_kwargs": {"chunk_size": 4}},
+            "must not hold chunk_size, which the class sets itself",
+        ),
+        ({"num_tokens": None}, "num_tokens is None; it must be an integer"),
+        ({"dim_head": 7}, "dim_head is 7; rotary positions need an even one"),
+    ],
+)
+def test_what_a_transformer_cannot_be_is_refused_by_name(
+    transformer: Tensors,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: dict[str, Any],
+    message: str,
+) -> None:
+    code, out = _import(tmp_path, transformer, _TRANSFORMER | change)
+    assert code == 2
+    assert message in _line(capsys)
+    assert not out.exists()
+
+
+def _without(name: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {key: tensor for key, tensor in tensors.items() if key != name}
+
+
+def _with(name: str, tensor: Tensor) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {**tensors, name: tensor}
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "message"),
+    [
+        (_without("to_keys.weight"), {}, "to_keys.weight is missing from the checkpoint"),
+        (_with("to_keys.bias", torch.zeros(16)), {}, "to_keys.bias belongs to no option that"),
+        (
+            _with("to_keys.weight", torch.zeros(8, 16)),
+            {},
+            "to_keys.weight has shape (8, 16); the constructor",
+        ),
+        (
+            _with("to_keys.weight", torch.full((16, 16), torch.nan)),
+            {},
+            "to_keys.weight holds values that are not",
+        ),
+        (_with("to_keys.weight", torch.zeros(16, 16).long()), {}, "to_keys.weight is of type torch.int64"),
+        (lambda tensors: tensors, {"momentum": False}, "to_momentum.0.bias belongs to no option that"),
+        (lambda tensors: tensors, {"qk_rmsnorm": True}, "q_norm.gamma is missing"),
+        (lambda tensors: tensors, {"activation": "SiLU"}, "to_queries.0.weight is missing"),
+        (lambda tensors: {"a": torch.zeros(1)}, {}, "the keys are neither those of NeuralMemory nor of"),
+        (lambda tensors: {}, {}, "holds no state dict; save model.state_dict()"),
+    ],
+)
+def test_no_key_is_left_unused_and_none_is_missing(
+    memory: Tensors,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: Callable[[Tensors], Tensors],
+    arguments: dict[str, Any],
+    message: str,
+) -> None:
+    code, out = _import(tmp_path, change(memory), MEMORY_BASE | arguments)
+    assert code == 3
+    assert message in _line(capsys)
+    assert not out.exists()
+
+
+def test_an_older_library_is_named(
+    transformer: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    older = {name: t for name, t in transformer.items() if not name.endswith("residual_scale")}
+    code, _ = _import(tmp_path, older, _TRANSFORMER)
+    assert code == 3
+    assert "hyper-connections of titans-pytorch before 0.5" in _line(capsys)
+
+
+def test_arguments_must_be_there(memory: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _ = _import(tmp_path, memory, None)
+    assert code == 3
+    assert "write the arguments that the model was built with as JSON there" in _line(capsys)
+    (tmp_path / "elsewhere.json").write_text(json.dumps(MEMORY_BASE), encoding="utf-8")
+    code, _ = _import(tmp_path, memory, None, "--config", str(tmp_path / "elsewhere.json"))
+    assert code == 0
+
+
+class _Code:
+    """What a file must not run when it is read."""
+
+    def __reduce__(self) -> tuple[Callable[[str], object], tuple[str]]:
+        return (eval, ("1 + 1",))
+
+
+def test_a_file_cannot_run_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _ = _import(tmp_path, {"x": _Code()}, MEMORY_BASE)
+    assert code == 3
+    assert "no file of tensors" in _line(capsys)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04broken"])
+def test_a_damaged_file_is_a_line(tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "model.pt"
+    file.write_bytes(content)
+    assert main(["import", "titans-pytorch", str(file), "--out", str(tmp_path / "out")]) == 3
+    assert _line(capsys)
+
+
+def test_a_checkpoint_of_another_kind_is_damaged_data(memory: Tensors, tmp_path: Path) -> None:
+    _, out = _import(tmp_path, memory, MEMORY_BASE)
+    with pytest.raises(DataError):
+        ModelConfig.load(out / "config.json")
+    config = json.loads((out / "config.json").read_text())
+    for broken in (
+        {"library": "torch"},
+        {"class": "Transformer"},
+        {"options": {"dim": 16}},
+        {"tokenizer": "bytes"},
+    ):
+        (out / "config.json").write_text(json.dumps(config | broken))
+        with pytest.raises(DataError, match=r"config\.json"):
+            load_exportable(out)
