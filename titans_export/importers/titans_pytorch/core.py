@@ -23,7 +23,7 @@ class LibraryCore:
     @property
     def name(self) -> str:
         """Of the operator."""
-        return type(self.model).__name__.removesuffix("Model")
+        return self.model.operator
 
     @property
     def tile(self) -> int:

@@ -24,6 +24,8 @@ from titans_export.memory_layer import StateEntry
 class NeuralMemoryModel(nn.Module):
     """The memory, and what it carries along a stream: the tokens seen and the state of its chunk."""
 
+    operator = "ChunkedMemory"
+
     def __init__(self, options: MemoryOptions) -> None:
         """Weights are zero until they are loaded."""
         super().__init__()

@@ -207,6 +207,8 @@ class _TokenPass(_Pass):
 class TransformerModel(nn.Module):
     """The transformer, and what it carries along a stream."""
 
+    operator = "SegmentTransformer"
+
     def __init__(self, options: TransformerOptions) -> None:
         """Weights are zero until they are loaded."""
         super().__init__()
