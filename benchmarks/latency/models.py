@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,14 +31,24 @@ class Prepared:
 
 
 def prepared(size: str) -> Prepared:
-    """The model of a preset, in ``out/latency``; made where these sources have not made it yet."""
-    root = _ROOT / "out" / "latency" / f"{size}-{_digest()}"
-    model = Prepared(root / "checkpoint", root / "bundle", root / "work")
-    if not model.bundle.exists():
-        torch.manual_seed(0)
-        save_checkpoint(TitansModel(PRESETS[size]), model.checkpoint)
-        export_bundle(model.checkpoint, model.bundle)
-    return model
+    """The model of a preset; made where these sources have not made it yet."""
+    root = cached(size, partial(_make, size))
+    return Prepared(root / "checkpoint", root / "bundle", root / "work")
+
+
+def cached(name: str, make: Callable[[Path], None]) -> Path:
+    """A folder below ``out/latency`` for this state of the sources, filled by ``make`` at the first call."""
+    root = _ROOT / "out" / "latency" / f"{name}-{_digest()}"
+    if not (root / "bundle").exists():
+        shutil.rmtree(root, ignore_errors=True)
+        make(root)
+    return root
+
+
+def _make(size: str, folder: Path) -> None:
+    torch.manual_seed(0)
+    save_checkpoint(TitansModel(PRESETS[size]), folder / "checkpoint")
+    export_bundle(folder / "checkpoint", folder / "bundle")
 
 
 def _digest() -> str:

@@ -67,3 +67,26 @@ ROWS = {
     "eager": Row(("-p", "512", "-n", "64", "-e", "0,1", "--backend", "eager")),
 }
 """By name. ``editing`` compares its two strengths; ``summary`` does."""
+
+LIBRARY = {
+    "memory": {
+        ("prefill", "titans-pytorch"): Target(
+            "NeuralMemory, prefill: titans-pytorch", ("titans-pytorch",), 3
+        ),
+        ("decode", "titans-pytorch"): Target(
+            "NeuralMemory, one token: titans-pytorch", ("titans-pytorch",), 8
+        ),
+    },
+    "mac": {
+        ("prefill", "titans-pytorch"): Target(
+            "MAC transformer, prefill: titans-pytorch", ("titans-pytorch",), 3
+        ),
+        ("decode", "titans-pytorch, cache"): Target(
+            "MAC transformer, decode: titans-pytorch with its cache", ("titans-pytorch, cache",), 6
+        ),
+        ("decode", "titans-pytorch, sample's default"): Target(
+            "MAC transformer, decode: titans-pytorch's default", ("titans-pytorch, sample's default",), 50
+        ),
+    },
+}
+"""What ``titans_pytorch`` must reach, by kind of model, of run, and backend."""

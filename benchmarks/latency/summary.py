@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.latency.plots import bars
 from benchmarks.latency.results import RESULTS
-from benchmarks.latency.rows import ROWS, Target
+from benchmarks.latency.rows import LIBRARY, ROWS, Target
 from titans_runtime.files import write_atomically
 
 _MOST_EDITED = 1.15  # times as long as unedited
@@ -91,6 +91,8 @@ def _lines() -> Iterator[Line]:
             yield from _footprint(content, where[0])
         elif row == "installed":
             yield _ratio("installed size: PyTorch", "", content["rows"][0], 5, content["command"])
+        elif row == "titans_pytorch":
+            yield from _library(content, where)
         else:
             yield from _bench(content)
 
@@ -125,6 +127,15 @@ def _editing(content: dict[str, Any], where: str) -> Iterator[Line]:
             f"{kind}: editing on / off", where, statistics.median(ratios), min(ratios), max(ratios),
             _MOST_EDITED, False, content["command"],
         )  # fmt: skip
+
+
+def _library(content: dict[str, Any], where: list[str]) -> Iterator[Line]:
+    kind, threads = where
+    for row in content["rows"]:
+        target = LIBRARY[kind].get((row["kind"], row["backend"]))
+        if target is not None:
+            where_run = f"dim 256, {threads.removesuffix('t')}"
+            yield _ratio(target.what, where_run, row, target.least, content["command"])
 
 
 def _footprint(content: dict[str, Any], size: str) -> Iterator[Line]:

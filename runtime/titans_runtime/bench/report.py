@@ -79,6 +79,11 @@ def to_csv(content: Record) -> str:
 
 def to_markdown(content: Record) -> str:
     """Tables of what was timed and of what is absent, with machine, versions and command."""
+    return tables(content) + footer(content)
+
+
+def tables(content: Record) -> str:
+    """What was timed and what is absent, in Markdown."""
     lines = [_HEADER, "|---" * _HEADER.count(" | ") + "|---|"]
     lines += [_line(row) for row in content["rows"]]
     absent = content["absent"]
@@ -87,7 +92,7 @@ def to_markdown(content: Record) -> str:
         lines += [
             f"| {a['backend']} | {a['threads']} | {a['state']} | {_cell(a['reason'])} |" for a in absent
         ]
-    return "\n".join(lines) + "\n" + footer(content)
+    return "\n".join(lines) + "\n"
 
 
 def footer(content: Record) -> str:
