@@ -63,6 +63,10 @@ ROWS = {
         ("-p", "0", "-n", "8", "-b", "16", "-e", "0", "--backend", "singles"),
         (Target("16 sessions one by one / in a batch", ("singles",), 4),),
     ),
+    "open-readout": Row(
+        ("-p", "513", "-n", "0", "-e", "0", "--editor", "readout:step=0.5,chunk=64", "--backend", "autograd"),
+        (Target("open editor, readout: PyTorch autograd", ("autograd",), 2),),
+    ),
     "editing": Row(("-p", "512", "-n", "64", "-e", "0,1")),
     "eager": Row(("-p", "512", "-n", "64", "-e", "0,1", "--backend", "eager")),
 }

@@ -39,7 +39,7 @@ def tile_form(
     strength = edit[:, None, None, None, None]
 
     tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    tracing = tracing or torch.cuda.is_current_stream_capturing()
+    tracing = tracing or (query.is_cuda and torch.cuda.is_current_stream_capturing())
     edited = tracing or bool((edit != 0).any())  # a graph cannot know the strengths
     if edited:
         inverse = unit_lower_inverse(strength * theta * (weights.write_before * (k @ k.transpose(-1, -2))))
