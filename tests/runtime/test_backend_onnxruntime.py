@@ -185,6 +185,13 @@ def test_a_type_that_the_graph_does_not_have_is_refused(bundle_copy: Path) -> No
         tr.load(bundle_copy)
 
 
+def test_weights_that_are_not_listed_are_refused(bundle_copy: Path) -> None:
+    (bundle_copy / "weights.bin").unlink()
+    change_manifest(bundle_copy, lambda content: content["files"].pop("weights.bin"))
+    with pytest.raises(tr.BundleError, match=r"'weights\.bin' is not listed in titans\.json"):
+        tr.load(bundle_copy)
+
+
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("name", [b"weights.bim", b"../leak.bin", b"/etc/passwd"])
 def test_weights_come_from_nowhere_but_the_bundle(

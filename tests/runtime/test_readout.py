@@ -106,6 +106,19 @@ def test_the_formula_moves_the_logits(model: tr.Model, chunk: int) -> None:
     assert np.abs(R).max() > 1e-2
 
 
+@pytest.mark.parametrize("text", [b"a" * 200, b"ab" * 100, np.random.default_rng(0).bytes(200)])
+@pytest.mark.parametrize("step", [1e3, 1e6])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_extreme_steps_equal_the_formula(model: tr.Model, optimizer: str, step: float, text: bytes) -> None:
+    """Logits of up to 1e9: still finite, and those that float64 has."""
+    for chunk in (1, 8, 150):
+        with np.errstate(over="ignore", under="ignore"):
+            expected, R = _edited(model, text, [], step, chunk, optimizer)
+        session = model.session(0.0, Editor(step=step, chunk=chunk, optimizer=optimizer))
+        assert relative_error(session.append(text), expected) <= 1e-4
+        assert relative_error(session.snapshot().arrays["state.readout"][0], R) <= 1e-4
+
+
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_a_step_of_zero_teaches_nothing(model: tr.Model, chunk: int) -> None:
     plain = model.session(0.0, None).append(b"nothing to learn")

@@ -140,7 +140,8 @@ class OnnxRuntimeBackend:
         Large ones are not read but mapped by ONNX Runtime, which lays matrices out anew, page by page: two
         copies and a half in memory become one. Small ones are given as verified bytes.
         """
-        if _CAN_MAP and self._bundle.manifest.files[WEIGHTS_NAME].size >= _MAPPED_FROM:
+        listed = self._bundle.manifest.files.get(WEIGHTS_NAME)
+        if _CAN_MAP and listed and listed.size >= _MAPPED_FROM:
             until_loaded.enter_context(self._bundle.hold(WEIGHTS_NAME))
             # By descriptor: whatever is renamed, this is the folder. ONNX Runtime refuses paths out of it.
             folder = os.open(self._bundle.folder, os.O_RDONLY | os.O_DIRECTORY)
