@@ -15,6 +15,9 @@ from titans_converters.onnx.function import OPSET
 from titans_converters.onnx.trace import trace_graph
 from titans_converters.program import Program, RecurrenceProgram
 
+KEPT = "kept."
+"""Prefix of what a tile is cut from once empty tiles are left out; a converter may leave them in."""
+
 
 def recurrence_function(recurrence: RecurrenceProgram) -> ir.Function:
     """The operator's body for any batch and any number of tokens."""
@@ -116,7 +119,7 @@ def _without_empty(tiles: Mapping[str, ir.Value]) -> tuple[list[ir.Node], dict[s
     kept = {}
     for name, value in tiles.items():
         node = _node("Slice", [value, zero.outputs[0], count.outputs[0], zero.outputs[0]])
-        node.outputs[0].name = f"kept.{name}"
+        node.outputs[0].name = f"{KEPT}{name}"
         nodes.append(node)
         kept[name] = node.outputs[0]
     return nodes, kept

@@ -6,7 +6,10 @@ has one for ``T = 1``, in which a token's gate would have to broadcast against t
 1. Every tensor with an axis of tokens is cut to its first token where the one-token branch begins.
 2. The branch's output is expanded to ``T`` tokens where it ends.
 
-For ``T = 1`` both are the identity, so results do not change.
+3. Tiles that hold no token are not left out: how many there are follows from data, and TensorRT cannot build
+   a loop over so many. Such a tile changes nothing.
+
+For ``T = 1`` the first two are the identity, so results do not change.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import onnx
 from onnx import helper
 
 from titans_converters import memory_op
+from titans_converters.onnx.recurrence import KEPT
 
 _TOKEN_AXIS = 2
 _RECURRENT_TOKENS = "token_"  # prefix of such inputs in the bodies of recurrences
@@ -30,11 +34,12 @@ def prepare(model: onnx.ModelProto) -> onnx.ModelProto:
             for node in function.node:
                 if node.op_type == "If":
                     _widen_one_token_branch(function, node)
+                    _keep_empty_tiles(node)
     return prepared
 
 
 def _widen_one_token_branch(function: onnx.FunctionProto, choice: onnx.NodeProto) -> None:
-    (branch,) = (attribute.g for attribute in choice.attribute if attribute.name == "then_branch")
+    branch = _branch(choice, "then_branch")
     tokens = [name for name in function.input if name in _EXACT_TOKENS or name.startswith(_RECURRENT_TOKENS)]
     used = {name for node in branch.node for name in node.input}
     first = {name: f"{name}.first" for name in tokens if name in used}
@@ -65,3 +70,15 @@ def _widen_one_token_branch(function: onnx.FunctionProto, choice: onnx.NodeProto
     ]
     del branch.node[:]
     branch.node.extend(nodes)
+
+
+def _keep_empty_tiles(choice: onnx.NodeProto) -> None:
+    branch = _branch(choice, "else_branch")
+    for node in branch.node:
+        if node.op_type == "Slice" and node.output[0].startswith(KEPT):
+            node.CopyFrom(helper.make_node("Identity", node.input[:1], node.output))
+
+
+def _branch(choice: onnx.NodeProto, name: str) -> onnx.GraphProto:
+    (branch,) = (attribute.g for attribute in choice.attribute if attribute.name == name)
+    return branch
