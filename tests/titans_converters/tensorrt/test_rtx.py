@@ -17,12 +17,16 @@ import pytest
 import torch
 
 from tests.titans_converters.tensorrt.nvidia import rtx, run_json
+from tests.titans_export.importers.cases import MEMORY_BASE
+from tests.titans_export.importers.library import imported, library_model
 from titans_converters import memory_op
 from titans_converters.onnx.trace import memory_node, recurrence_node, to_proto, trace
 from titans_converters.program import Program
 from titans_converters.tensorrt.check import IMPORTED, check
 from titans_converters.tensorrt.prepare import prepare
 from titans_export.config import PRESETS, overridden
+from titans_export.importers.titans_pytorch.checkpoint import MEMORY
+from titans_export.importers.titans_pytorch.exportable import ImportedModel
 from titans_export.model import Rules, TitansModel
 from titans_export.programs import model_program
 from titans_export.recurrence_programs import recurrence_programs
@@ -62,8 +66,19 @@ def _run(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> list[np.ndarra
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_graph_is_parsed_and_built_for_any_batch_and_tokens(variant: str, tmp_path: Path) -> None:
-    """One profile from one token of one stream to 512 tokens of four."""
-    program, model = _graph(variant)
+    _assert_built(*_graph(variant), tmp_path)
+
+
+def test_an_imported_memory_is_built(tmp_path: Path) -> None:
+    arguments = {**MEMORY_BASE, "batch_size": 8}
+    model = imported(arguments, library_model(MEMORY, arguments).state_dict())
+    exportable = ImportedModel(model, {"tokenizer": "vectors"})
+    (program,) = exportable.programs()
+    _assert_built(program, to_proto(trace(program, exportable.recurrences())), tmp_path)
+
+
+def _assert_built(program: Program, model: onnx.ModelProto, tmp_path: Path) -> None:
+    """One profile, from one token of one stream to 512 tokens of four; results as before in ONNX Runtime."""
     prepared = prepare(model)
     assert check(prepared).passed
     generator = np.random.default_rng(0)
@@ -71,7 +86,7 @@ def test_the_graph_is_parsed_and_built_for_any_batch_and_tokens(variant: str, tm
         feeds = {
             name: generator.normal(size=_shape(program, name, 2, tokens)).astype(np.float32) * 0.1
             if tensor.dtype == torch.float32
-            else np.full(_shape(program, name, 2, tokens), 3, np.int64)
+            else np.full(_shape(program, name, 2, tokens), 3, str(tensor.dtype).removeprefix("torch."))
             for name, tensor in program.inputs.items()
         }
         for expected, actual in zip(_run(model, feeds), _run(prepared, feeds), strict=True):
@@ -85,7 +100,7 @@ def test_the_graph_is_parsed_and_built_for_any_batch_and_tokens(variant: str, tm
     built = run_json(
         "tests.titans_converters.tensorrt.rtx_process", graph, shapes, environment=rtx(tmp_path / "lib")
     )
-    print(variant, built)
+    print(program.name, built)
     assert built["messages"] == []
     assert built["engine_bytes"] > 0
 

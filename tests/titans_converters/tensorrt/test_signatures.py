@@ -5,14 +5,16 @@
 
 from __future__ import annotations
 
+import operator
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.titans_converters.tensorrt.nvidia import full_bindings, write_stubs
+from tests.titans_converters.tensorrt.nvidia import full_bindings, package, write_stubs
 
 pytestmark = pytest.mark.suite("tensorrt-cpu")
 
@@ -46,6 +48,18 @@ def _mypy(environment: dict[str, str], cache: Path, *files: str) -> list[str]:
 
 def test_every_call_has_the_real_signature(environment: dict[str, str], tmp_path: Path) -> None:
     assert _mypy(environment, tmp_path, *CALLERS) == []
+
+
+def test_every_name_of_cuda_exists() -> None:
+    """NVIDIA's bindings for CUDA are compiled and have no signatures to read, but names."""
+    package("cuda.bindings")
+    from cuda.bindings import runtime
+
+    source = Path("runtime/titans_runtime/backends/cuda.py").read_text(encoding="utf-8")
+    names = set(re.findall(r'"(cuda\w+)"', source)) | set(re.findall(r"_runtime\.(cuda[\w.]+)", source))
+    assert len(names) > 10
+    for name in names - {"cuda.bindings.runtime"}:
+        operator.attrgetter(name)(runtime)
 
 
 def test_a_call_that_does_not_exist_is_found(environment: dict[str, str], tmp_path: Path) -> None:
