@@ -80,5 +80,6 @@ def _keep_empty_tiles(choice: onnx.NodeProto) -> None:
 
 
 def _branch(choice: onnx.NodeProto, name: str) -> onnx.GraphProto:
+    branch: onnx.GraphProto
     (branch,) = (attribute.g for attribute in choice.attribute if attribute.name == name)
     return branch
