@@ -375,6 +375,18 @@ def test_a_disk_that_is_full_is_a_matter_of_the_machine(
     assert not (tmp_path / "memory").exists()
 
 
+def test_a_machine_without_memory_is_one_line(
+    titans: Titans, tiny_bundle: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(*arguments: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(tr.Session, "append", exhausted)
+    outcome = titans("run", tiny_bundle, text)
+    assert (outcome.code, outcome.out) == (4, "")
+    assert outcome.err == "titans: out of memory; free some, or use a smaller model or file\n"
+
+
 def test_ctrl_c_is_one_line(
     titans: Titans, tiny_bundle: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

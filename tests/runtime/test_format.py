@@ -183,3 +183,19 @@ def test_a_second_reader_finds_a_flipped_bit(session: tr.Session, tmp_path: Path
     (tmp_path / "memory").write_bytes(data)
     with pytest.raises(second_reader.Refused, match="digest"):
         second_reader.read_memory(tmp_path / "memory")
+
+
+# --- what was written once is read for ever
+
+
+def test_documents_of_format_1_are_still_read() -> None:
+    """Written when format 1 was new, and not to be written again: a newer format must read them, too."""
+    data = Path(__file__).parent / "data"
+    manifest = tr.bundle.Manifest.from_dict(json.loads((data / "manifest-1.json").read_text("utf-8")))
+    assert manifest.format_version == 1
+    snapshot = load_snapshot(data / "memory-1.safetensors", manifest)
+    assert (snapshot.position, snapshot.edit) == (2, (0.5,))
+    assert snapshot.editor == {"objective": "readout", "step": 1.0, "chunk": 4, "optimizer": "adagrad"}
+    assert snapshot.arrays["pending.targets"].tolist() == [1, -1]
+    assert snapshot.arrays["editor.energy"].tolist() == [1, 1, 1]
+    assert snapshot.arrays["state.readout"].shape == (1, 3, 4)
