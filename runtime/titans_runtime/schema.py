@@ -127,11 +127,17 @@ def _document(name: str, properties: dict[str, Schema], root: type) -> Schema:
     }
 
 
-def _dataclasses(hint: Any) -> set[type]:  # noqa: ANN401 - a type, or what stands for one
-    """All that a type is made of."""
-    if not (dataclasses.is_dataclass(hint) and isinstance(hint, type)):
-        return set().union(*map(_dataclasses, get_args(hint)))
-    return {hint}.union(*map(_dataclasses, get_type_hints(hint).values()))
+def _dataclasses(hint: Any, known: frozenset[type] = frozenset()) -> frozenset[type]:  # noqa: ANN401
+    """All dataclasses that a type is made of, and those in ``known``. One may hold another of its kind."""
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if hint in known:
+            return known
+        known, parts = known | {hint}, tuple(get_type_hints(hint).values())
+    else:
+        parts = get_args(hint)
+    for part in parts:
+        known = _dataclasses(part, known)
+    return known
 
 
 def _definition(kind: type) -> Schema:
