@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ _NOWHERE = "/no-files-but-those-given"
 _CAN_MAP = sys.platform == "linux"
 _MAPPED_FROM = 2**24  # bytes; below, time stamps might be too coarse to tell that a file has changed
 _QUIET = 4  # what it has to say comes as an exception, too, which is said in a line of ours
+_WARNINGS = 2  # where that of the whole process stands
 _NEWER = ("max supported IR version", "Current official support")  # how it refuses a file from its future
 
 
@@ -122,6 +123,7 @@ class OnnxRuntimeBackend:
                 self._give_weights(options, until_loaded)
             else:
                 options.add_session_config_entry(_DATA_FOLDER, _NOWHERE)
+            until_loaded.enter_context(_quiet_start(self._ort, self._providers))
             try:
                 session = self._ort.InferenceSession(
                     graph, options, providers=_with_options(self._providers), enable_fallback=0
@@ -324,6 +326,19 @@ def _checked_providers(ort: Any, providers: Sequence[str] | None) -> tuple[str, 
     if not wanted:
         raise EnvironmentProblem(f"no provider given; this onnxruntime has {', '.join(available)}")
     return wanted
+
+
+@contextlib.contextmanager
+def _quiet_start(ort: Any, providers: Sequence[str]) -> Iterator[None]:  # noqa: ANN401 - a module
+    """A provider that cannot start says so at length, by a logger of the whole process; we say it once."""
+    if tuple(providers) == DEFAULT_PROVIDERS:
+        yield
+        return
+    ort.set_default_logger_severity(_QUIET)
+    try:
+        yield
+    finally:
+        ort.set_default_logger_severity(_WARNINGS)
 
 
 def _with_options(providers: Sequence[str]) -> list[str | tuple[str, dict[str, str]]]:
