@@ -1,0 +1,80 @@
+"""A program as ``torch.export`` traces it: what the converters to TorchScript and AOTInductor begin with."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from titans_converters import memory_op
+from titans_converters.program import Program
+
+_OPERATOR = "onnx_symbolic::_symbolic_multi_out"
+
+
+def export(program: Program) -> torch.export.ExportedProgram:
+    """Trace ``program`` with free axes.
+
+    Raises:
+        ValueError: a free axis was fixed by the module's code; the message names the output.
+    """
+    with quiet(), torch.no_grad():
+        exported = torch.export.export(
+            program.module,
+            tuple(program.inputs.values()),
+            dynamic_shapes=dynamic_shapes(program),
+            # What holds for every size, but beyond the tracer's algebra, is asserted instead of refused.
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
+    _check_axes(program, exported)
+    return exported
+
+
+def dynamic_shapes(program: Program, least_tokens: int = 1) -> Any:  # noqa: ANN401 - nested as the inputs are
+    """The program's free axes, as ``torch.export`` asks for them."""
+    axes = {
+        name: torch.export.Dim(name, min=least_tokens if name == "tokens" else 1)
+        for shape in program.input_axes.values()
+        for name in shape
+        if isinstance(name, str)
+    }
+    shapes = tuple(
+        {index: axes[axis] for index, axis in enumerate(shape) if isinstance(axis, str)}
+        for shape in program.input_axes.values()
+    )
+    return (shapes,) if _is_variadic(program) else shapes
+
+
+def _is_variadic(program: Program) -> bool:
+    """Whether ``forward`` takes ``*tensors``: then the shapes are nested once more."""
+    return program.module.forward.__code__.co_argcount == 1
+
+
+def operator_of(node: fx.Node) -> str | None:
+    """Name of our operator that the node stands for, or None."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):  # noqa: SLF001
+        return None
+    if node.target.name() != _OPERATOR or node.kwargs.get("domain") != memory_op.DOMAIN:
+        return None
+    return str(node.args[1])
+
+
+def _check_axes(program: Program, exported: torch.export.ExportedProgram) -> None:
+    """Refuse an axis that tracing has fixed."""
+    (output,) = [node for node in exported.graph.nodes if node.op == "output"]
+    for (name, axes), node in zip(program.output_axes.items(), output.args[0], strict=True):
+        for axis, size in zip(axes, node.meta["val"].shape, strict=True):
+            if isinstance(axis, str) and isinstance(size, int):
+                raise ValueError(f"program {program.name}: {name} has its axis {axis} fixed at {size}")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what torch says to itself, deprecations among it, from the user, who can do nothing about it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
