@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from titans_export.config import PRESETS, overridden
 from titans_runtime.errors import UsageError
+from titans_runtime.manifest import FORMATS as TWINS
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[Any]
 
-FORMATS = ("onnx", "tensorrt")
+FORMATS = ("onnx", *TWINS, "tensorrt")
 
 # torch is imported by the handlers, not here: `titans --help` must answer at once.
 
@@ -177,7 +178,8 @@ def _add_export(subparsers: Subparsers) -> None:
         "--format",
         default="onnx",
         metavar="NAMES",
-        help="onnx, which every bundle holds (default); onnx,tensorrt builds an engine for this GPU as well",
+        help="onnx, which every bundle holds (default); onnx,torchscript writes every graph as TorchScript, too; "
+        "onnx,tensorrt builds an engine for this GPU as well",
     )
     parser.add_argument(
         "--triton-repository",
@@ -197,7 +199,8 @@ def _export(args: argparse.Namespace) -> int:
         from titans_converters.tensorrt.builder import require_tensorrt
 
         require_tensorrt()
-    result = export_bundle(args.checkpoint, args.out, report=_note, weights=args.weights)
+    twins = [name for name in TWINS if name in formats]
+    result = export_bundle(args.checkpoint, args.out, report=_note, weights=args.weights, formats=twins)
     print("\n".join(result.lines()))
     print(args.out)
     if args.triton_repository is not None:

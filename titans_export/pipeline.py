@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from titans_converters.onnx.files import write_models
 from titans_converters.onnx.function import OPSET
 from titans_converters.onnx.trace import trace
 from titans_converters.program import Axes, Program
+from titans_converters.torchscript import write_torchscript
 from titans_export.exportable import Exportable, load_exportable
 from titans_export.training.checkpoint import round_to_half
 from titans_runtime import bundle as bundles
@@ -28,11 +29,16 @@ _TOLERANCE = 1e-4
 _IR_VERSION = 10
 _LEAST_ONNXRUNTIME = "1.25"  # 1.24 refuses the operator's body; 1.25, 1.27 and 1.32 were tried
 
+_WRITERS = {"torchscript": write_torchscript}
 Report = Callable[[str], None]
 
 
 def export_bundle(
-    checkpoint: Path, bundle: Path, report: Report = lambda _: None, weights: str = "float32"
+    checkpoint: Path,
+    bundle: Path,
+    report: Report = lambda _: None,
+    weights: str = "float32",
+    formats: Sequence[str] = (),
 ) -> VerificationReport:
     """Export a checkpoint and verify the result against the PyTorch model's token loop.
 
@@ -44,6 +50,10 @@ def export_bundle(
         report: receives one line per step.
         weights: dtype in which matrices are stored, ``float32`` or ``float16``. Half of the size; all
             products and the memory stay in float32, with the rounded weights.
+        formats: in which to write every graph beside ONNX: ``torchscript``, ``aoti``.
+
+    Returns:
+        The checks of all formats, ONNX first.
 
     Raises:
         DataError: the checkpoint is damaged.
@@ -60,14 +70,24 @@ def export_bundle(
         programs, recurrences = model.programs(), model.recurrences()
         graphs = {program.name: trace(program, recurrences) for program in programs}
         files = [*write_models(graphs, work, weights), *_write_learned_state(model, work)]
+        twins = {}
+        for name in formats:
+            report(f"writing {name}")
+            twins[name] = _WRITERS[name](programs, recurrences, work)
+            files += twins[name].values()
         report("running the reference for the goldens")
         write_atomically(work / bundles.GOLDENS_NAME, save_arrays(model.goldens()))
         bundles.write_manifest(
-            work, _manifest(model, programs, work, [*files, bundles.GOLDENS_NAME], editing, weights)
+            work, _manifest(model, programs, work, [*files, bundles.GOLDENS_NAME], editing, weights, twins)
         )
         report("replaying the goldens in ONNX Runtime")
         result = verify(work)
         result.raise_if_failed()
+        for name in formats:
+            report(f"replaying the goldens in {name}")
+            twin = verify(work, backend=name)
+            twin.raise_if_failed()
+            result = VerificationReport(result.checks + twin.checks, result.placements)
         replace_folder(bundle, work)
     return result
 
@@ -111,6 +131,7 @@ def _manifest(
     files: list[str],
     editing: dict[str, Any],
     weights: str,
+    twins: dict[str, dict[str, str]],
 ) -> bundles.Manifest:
     facts = model.facts()
     return bundles.Manifest.create(
@@ -123,7 +144,7 @@ def _manifest(
         tokenizer=facts.tokenizer,
         vocab_size=facts.vocab_size,
         edit_layers=facts.edit_layers,
-        graphs={program.name: _graph(program) for program in programs},
+        graphs={program.name: _graph(program, twins) for program in programs},
         state=_state(model),
         tolerances={"atol": _TOLERANCE, "rtol": _TOLERANCE},
         recommended=editing,
@@ -131,14 +152,17 @@ def _manifest(
     )
 
 
-def _graph(program: Program) -> bundles.GraphSpec:
+def _graph(program: Program, twins: dict[str, dict[str, str]]) -> bundles.GraphSpec:
     def tensors(axes: dict[str, Axes]) -> tuple[bundles.TensorSpec, ...]:
         return tuple(
             bundles.TensorSpec(name, _dtype_name(program.dtype(name)), shape) for name, shape in axes.items()
         )
 
     return bundles.GraphSpec(
-        f"{program.name}.onnx", tensors(program.input_axes), tensors(program.output_axes)
+        f"{program.name}.onnx",
+        tensors(program.input_axes),
+        tensors(program.output_axes),
+        {name: files[program.name] for name, files in twins.items()},
     )
 
 

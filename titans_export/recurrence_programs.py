@@ -7,7 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from titans_converters import memory_op
 from titans_converters.program import Axes, Program, RecurrenceProgram
+from titans_export.config import ModelConfig
+from titans_export.memory import token_loop
+from titans_export.memory.parts import TILE_PARTS, cut_from_start, tile_parts, tile_step
 from titans_export.memory_layer import Rules
 from titans_export.model import TitansModel
 from titans_export.recurrence import Core, Tensors, align, from_tiles, into_tiles, run_core
@@ -31,12 +35,54 @@ def recurrence_programs(model: TitansModel) -> list[RecurrenceProgram]:
         copy.features(
             torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, model.config.layers), copy.initial_state(1)
         )
-    return [recurrence_program(*one) for one in found.values()]
+    exact = model.config.memory_form.exact and model.config.architecture != "mac"
+    return [recurrence_program(*one) for one in found.values()] + [exact_program(model.config)] * exact
 
 
 def recurrence_program(core: Core, tokens: Tensors, carry: Tensors, shared: Tensors) -> RecurrenceProgram:
     """A recurrence, from examples of what :func:`titans_export.recurrence.run_core` is given."""
     return _Parts(core, tokens, carry, shared).program()
+
+
+def exact_program(config: ModelConfig) -> RecurrenceProgram:
+    """The operator ``titans::NeuralMemory`` in parts, for targets whose loops are not ONNX's."""
+    heads, dim, tile = config.heads, config.head_dim, config.tile
+    wide: Axes = ("batch", heads, "tokens", dim)
+    gate: Axes = ("batch", heads, "tokens")
+    matrix: Axes = ("batch", heads, dim, dim)
+    tokens = dict(zip(memory_op.INPUTS[:6], (wide,) * 3 + (gate,) * 3, strict=True))
+    carry = dict.fromkeys(memory_op.INPUTS[7:], matrix)
+    present = dict.fromkeys(memory_op.OUTPUTS[1:], matrix)
+    output, *_ = memory_op.OUTPUTS
+    shapes = {"row": (tile, dim), "square": (tile, tile), "column": (dim, tile), "scalar": (1, 1)}
+    parts: dict[str, Axes] = {name: ("batch", heads, *shapes[kind]) for name, kind in TILE_PARTS.items()}
+    in_tiles: dict[str, Axes] = {"tiles": ("tiles", *_with(wide, tokens=tile)), "query": wide}
+
+    def one(*inputs: Tensor) -> Tensors:
+        return token_loop(*inputs)
+
+    def tiles(*inputs: Tensor) -> Tensors:
+        return tile_parts(*inputs[:7], tile=tile)
+
+    def rows(tiles: Tensor, query: Tensor) -> Tensors:
+        return (from_tiles(tiles, cut_from_start(query, tile)),)
+
+    name = memory_op.NAME
+    single = {key: _with(axes, tokens=1) for key, axes in tokens.items()}
+    edit: dict[str, Axes] = {"edit": ("batch",)}
+    return RecurrenceProgram(
+        name=name,
+        tile=tile,
+        tokens=tuple(tokens),
+        carry=tuple(carry),
+        output=output,
+        one=_program(f"{name}.one", one, single | edit | carry, {output: _with(wide, tokens=1)} | present),
+        tiles=_program(
+            f"{name}.tiles", tiles, tokens | edit, {key: ("tiles", *axes) for key, axes in parts.items()}
+        ),
+        step=_program(f"{name}.step", tile_step, parts | carry, {output: _with(wide, tokens=tile)} | present),
+        rows=_program(f"{name}.rows", rows, in_tiles, {output: wide}),
+    )
 
 
 class _Parts:

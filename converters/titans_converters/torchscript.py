@@ -28,10 +28,10 @@ GRAPH_FILE: Final = "graph.json"
 """In the archive: names, dtypes and axes of inputs and outputs, in order."""
 
 _CHECKS: Final = (  # the tracer's, of its own assumptions
-    torch.ops.aten._assert_scalar.default,
-    torch.ops.aten._assert_tensor_metadata.default,
+    torch.ops.aten._assert_scalar.default,  # noqa: SLF001 - an operator's name
+    torch.ops.aten._assert_tensor_metadata.default,  # noqa: SLF001
 )
-_SPELLINGS: Final = {  # of what TorchScript knows by another name
+_SPELLINGS: Final[dict[object, Any]] = {  # of what TorchScript knows by another name
     torch.ops.aten.sym_size.int: torch.ops.aten.size,
     torch.sym_max: max,
     torch.sym_min: min,
@@ -64,7 +64,9 @@ def archive(program: Program, recurrences: Sequence[RecurrenceProgram] = ()) -> 
     """The program as the content of a file that ``torch.jit.load`` takes."""
     buffer = io.BytesIO()
     with quiet():
-        torch.jit.save(convert(program, recurrences), buffer, _extra_files={GRAPH_FILE: _description(program)})
+        torch.jit.save(
+            convert(program, recurrences), buffer, _extra_files={GRAPH_FILE: _description(program)}
+        )
     return _without_sources(buffer.getvalue(), program.name)
 
 
@@ -185,7 +187,7 @@ class _Loop(nn.Module):
             results: list[Tensor] = self.step([known[i] for i in self.step_inputs])
             outputs.append(results[0])
             carry = results[1:]
-        known = [torch.stack(outputs)] + inputs
+        known = [torch.stack(outputs)] + inputs  # noqa: RUF005 - TorchScript cannot unpack
         rows: list[Tensor] = self.rows([known[i] for i in self.row_inputs])
         return rows + carry
 

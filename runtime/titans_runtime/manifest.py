@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from titans_runtime.editor import Editor
@@ -14,6 +14,7 @@ from titans_runtime.json_reader import canonical
 FORMAT_VERSION = 1
 DTYPES = ("float32", "float16", "int64")
 IDS, VECTORS = "input_ids", "inputs"
+FORMATS = ("torchscript",)
 ROLES = ("memory", "momentum", "anchor", "window", "position")
 TOKENIZERS = ("bytes", "ids", "vectors")
 INITIAL_NAME = "initial.safetensors"
@@ -38,11 +39,22 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """A graph file and the tensors that it takes and gives."""
+    """A graph file and the tensors that it takes and gives.
+
+    ``file`` is ONNX; ``formats`` names the files that hold the same graph for others.
+    """
 
     file: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    formats: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The graph as plain JSON types; without formats as bundles of ONNX alone have always said it."""
+        content = asdict(self)
+        if not self.formats:
+            del content["formats"]
+        return content
 
 
 @dataclass(frozen=True)
@@ -145,7 +157,7 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         """The manifest as plain JSON types."""
-        return asdict(self)
+        return asdict(self) | {"graphs": {name: graph.to_dict() for name, graph in self.graphs.items()}}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Manifest:
@@ -192,7 +204,7 @@ def _identity(
 ) -> str:
     content = {
         "model": model,
-        "graphs": {name: asdict(graph) for name, graph in graphs.items()},
+        "graphs": {name: graph.to_dict() for name, graph in graphs.items()},
         "state": [asdict(entry) for entry in state],
         "files": {name: asdict(entry) for name, entry in files.items()},
     }
@@ -205,6 +217,11 @@ def _check_consistency(manifest: Manifest) -> None:
     for name, graph in manifest.graphs.items():
         if graph.file not in manifest.files:
             raise BundleError(f"titans.json: graphs.{name}.file {graph.file!r} is not among the files")
+        for kind, file in graph.formats.items():
+            if file not in manifest.files:
+                raise BundleError(
+                    f"titans.json: graphs.{name}.formats.{kind} {file!r} is not among the files"
+                )
     if manifest.state_bytes > _MAX_STATE:
         raise BundleError(
             f"titans.json: state takes {manifest.state_bytes} bytes a session; the limit is {_MAX_STATE}"
@@ -397,9 +414,19 @@ def _graph(value: object, where: str) -> GraphSpec:
         outputs=tuple(
             _tensor(item, f"{where}.outputs[{i}]") for i, item in enumerate(fields.array("outputs"))
         ),
+        formats=_formats(fields, where),
     )
     fields.end()
     return graph
+
+
+def _formats(fields: _Fields, where: str) -> dict[str, str]:
+    if fields.optional("formats") is None:
+        return {}
+    formats = _Fields(fields.mapping("formats"), f"{where}.formats")
+    found = {kind: formats.string(kind) for kind in FORMATS if formats.optional(kind) is not None}
+    formats.end()
+    return found
 
 
 def _tensor(value: object, where: str) -> TensorSpec:

@@ -18,10 +18,12 @@ from titans_runtime.files import write_atomically
 from titans_runtime.manifest import (
     DTYPES,
     FORMAT_VERSION,
+    FORMATS,
     INITIAL_NAME,
     ROLES,
     TOKENIZERS,
     FileEntry,
+    GraphSpec,
     Manifest,
     StateSpec,
     TensorSpec,
@@ -86,6 +88,9 @@ _FIELDS: dict[type, dict[str, Schema]] = {
         "initial": {"anyOf": [{"type": "number"}, {"const": INITIAL_NAME}]},
     },
     TensorSpec: {"dtype": {"enum": list(DTYPES)}, "shape": _AXES},
+    GraphSpec: {
+        "formats": _object(dict.fromkeys(FORMATS, _SCALARS[str]), optional=FORMATS),
+    },
     FileEntry: {"sha256": _SHA256, "size": _COUNT},
     Editor: {
         "objective": {"enum": list(OBJECTIVES)},

@@ -52,11 +52,12 @@ def load(
         path: bundle folder.
         providers: ONNX Runtime execution providers by preference; default is the CPU's. One that is
             not available is an error, never a silent fallback.
-        threads: threads within an operator; default is ONNX Runtime's choice.
-        backend: ``onnxruntime`` or ``tensorrt``, which runs an engine that ``titans engine`` has built.
+        threads: threads within an operator; default is the backend's choice. PyTorch's are those of the process.
+        backend: ``onnxruntime``; ``torchscript``, which imports torch, for a bundle exported with that format;
+            or ``tensorrt``, which runs an engine that ``titans engine`` has built.
 
     Raises:
-        BundleError: a file is missing, altered or of an unknown format.
+        BundleError: a file is missing, altered or of an unknown format, or the bundle lacks the backend's.
         EnvironmentProblem: the backend, a provider, a device or an engine is missing.
         UsageError: ``threads`` is no integer from 1 on, ``providers`` is no list, or the backend is unknown.
     """

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from titans_converters import memory_op
+from titans_converters.exported import dynamic_shapes
 from titans_converters.onnx import sinkhorn
 from titans_converters.onnx.function import OPSET, neural_memory_function
 from titans_converters.program import Program, RecurrenceProgram
@@ -104,7 +105,7 @@ def trace(program: Program, recurrences: Sequence[RecurrenceProgram] = ()) -> ir
     _add_memory_function(model)
     used = {node.op_type for node in model.graph if node.domain == memory_op.DOMAIN}
     for recurrence in recurrences:
-        if recurrence.name in used:
+        if recurrence.name in used and recurrence.name != memory_op.NAME:  # whose body is written by hand
             function = recurrence_function(recurrence)
             model.functions[function.identifier()] = function
             model.opset_imports[memory_op.DOMAIN] = memory_op.VERSION
@@ -120,22 +121,12 @@ def trace_graph(program: Program) -> ir.Graph:
 
 
 def _export(program: Program) -> ir.Model:
-    axes = {
-        name: torch.export.Dim(name, min=1)
-        for shape in program.input_axes.values()
-        for name in shape
-        if isinstance(name, str)
-    }
-    dynamic_shapes = tuple(
-        {index: axes[axis] for index, axis in enumerate(shape) if isinstance(axis, str)}
-        for shape in program.input_axes.values()
-    )
     with _quiet():
         exported = torch.onnx.export(
             program.module,
             tuple(program.inputs.values()),
             dynamo=True,
-            dynamic_shapes=(dynamic_shapes,) if _is_variadic(program) else dynamic_shapes,
+            dynamic_shapes=dynamic_shapes(program),
             input_names=list(program.inputs),
             output_names=list(program.output_axes),
             opset_version=OPSET,
@@ -151,11 +142,6 @@ def to_proto(model: ir.Model) -> onnx.ModelProto:
     """The model as a protocol buffer."""
     proto: onnx.ModelProto = ir.to_proto(model)
     return proto
-
-
-def _is_variadic(program: Program) -> bool:
-    """Whether ``forward`` takes ``*tensors``: then the shapes are nested once more."""
-    return program.module.forward.__code__.co_argcount == 1
 
 
 def _state_axes(model: ir.Model, program: Program) -> None:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from titans_runtime.backends import Backend
     from titans_runtime.bundle import Bundle
 
-BACKENDS: Final = ("onnxruntime", "tensorrt")
+BACKENDS: Final = ("onnxruntime", "torchscript", "tensorrt")
 
 
 def open_backend(
@@ -38,6 +38,10 @@ def open_backend(
         raise UsageError(f"backend {name!r} is unknown; there are {', '.join(BACKENDS)}")
     if providers is not None:
         raise UsageError(f"providers are ONNX Runtime's; backend {name!r} has none")
+    if name == "torchscript":
+        from titans_runtime.backends.torchscript import TorchScriptBackend
+
+        return TorchScriptBackend(bundle, threads)
     from titans_runtime.backends.tensorrt import TensorRTBackend
 
     return TensorRTBackend(bundle, threads)
