@@ -60,3 +60,13 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     folder = tmp_path_factory.mktemp("bundle") / "tiny"
     export_bundle(tiny_checkpoint, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def twin_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of `tiny_checkpoint` with every graph as TorchScript, too."""
+    from titans_export.pipeline import export_bundle
+
+    folder = tmp_path_factory.mktemp("twin") / "bundle"
+    export_bundle(tiny_checkpoint, folder, formats=["torchscript"])
+    return folder

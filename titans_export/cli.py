@@ -178,8 +178,8 @@ def _add_export(subparsers: Subparsers) -> None:
         "--format",
         default="onnx",
         metavar="NAMES",
-        help="onnx, which every bundle holds (default); onnx,torchscript writes every graph as TorchScript, too; "
-        "onnx,tensorrt builds an engine for this GPU as well",
+        help="onnx, which every bundle holds (default); onnx,torchscript writes every graph as TorchScript, "
+        "too; onnx,tensorrt builds an engine for this GPU as well",
     )
     parser.add_argument(
         "--triton-repository",

@@ -50,7 +50,7 @@ def export_bundle(
         report: receives one line per step.
         weights: dtype in which matrices are stored, ``float32`` or ``float16``. Half of the size; all
             products and the memory stay in float32, with the rounded weights.
-        formats: in which to write every graph beside ONNX: ``torchscript``, ``aoti``.
+        formats: in which to write every graph beside ONNX: ``torchscript``.
 
     Returns:
         The checks of all formats, ONNX first.

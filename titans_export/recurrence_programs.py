@@ -67,21 +67,31 @@ def exact_program(config: ModelConfig) -> RecurrenceProgram:
     def rows(tiles: Tensor, query: Tensor) -> Tensors:
         return (from_tiles(tiles, cut_from_start(query, tile)),)
 
-    name = memory_op.NAME
+    def part(
+        name: str, function: Callable[..., Tensors], axes: dict[str, Axes], outputs: dict[str, Axes]
+    ) -> Program:
+        inputs = {key: torch.zeros(_sizes(shape)) for key, shape in axes.items()}
+        name = f"{memory_op.NAME}.{name}"
+        return Program(name, _Function(function), inputs, axes, outputs, {"live": torch.bool})
+
     single = {key: _with(axes, tokens=1) for key, axes in tokens.items()}
     edit: dict[str, Axes] = {"edit": ("batch",)}
     return RecurrenceProgram(
-        name=name,
+        name=memory_op.NAME,
         tile=tile,
         tokens=tuple(tokens),
         carry=tuple(carry),
         output=output,
-        one=_program(f"{name}.one", one, single | edit | carry, {output: _with(wide, tokens=1)} | present),
-        tiles=_program(
-            f"{name}.tiles", tiles, tokens | edit, {key: ("tiles", *axes) for key, axes in parts.items()}
+        apart=(),
+        one=part("one", one, single | edit | carry, {output: _with(wide, tokens=1)} | present),
+        tiles=part(
+            "tiles",
+            tiles,
+            tokens | edit,
+            {key: ("tiles", *axes) for key, axes in parts.items()} | {"live": ("tiles", "batch", tile)},
         ),
-        step=_program(f"{name}.step", tile_step, parts | carry, {output: _with(wide, tokens=tile)} | present),
-        rows=_program(f"{name}.rows", rows, in_tiles, {output: wide}),
+        step=part("step", tile_step, parts | carry, {output: _with(wide, tokens=tile)} | present),
+        rows=part("rows", rows, in_tiles, {output: wide}),
     )
 
 

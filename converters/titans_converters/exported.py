@@ -63,6 +63,13 @@ def operator_of(node: fx.Node) -> str | None:
     return str(node.args[1])
 
 
+def attributes_of(node: fx.Node) -> dict[str, int]:
+    """Whole-number attributes of our operator that the node stands for."""
+    kwargs: dict[str, Any] = node.kwargs
+    places = zip(kwargs["attr_keys"], kwargs["attr_types"], kwargs["attr_pos"], strict=True)
+    return {key: kwargs["attr_ints"][start] for key, kind, (start, _) in places if kind == "i"}
+
+
 def _check_axes(program: Program, exported: torch.export.ExportedProgram) -> None:
     """Refuse an axis that tracing has fixed."""
     (output,) = [node for node in exported.graph.nodes if node.op == "output"]

@@ -19,7 +19,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx, nn
 
-from titans_converters.exported import export, operator_of, quiet
+from titans_converters.exported import attributes_of, export, operator_of, quiet
 from titans_converters.program import Program, RecurrenceProgram
 from titans_runtime.files import write_atomically
 
@@ -106,6 +106,8 @@ def _as_script(
                 values[node] = _constant(root, graph, node.target, _attribute(traced, node.target))
         elif node.op == "call_module" or node.target in _CHECKS:
             continue
+        elif name == "Sinkhorn":
+            values[node] = _sinkhorn(root, graph, node, values)
         elif name is not None:
             if name not in loops:
                 raise ValueError(f"program {program.name}: no recurrence for the operator {name}")
@@ -158,6 +160,29 @@ def _call(graph: fx.Graph, node: fx.Node, values: Mapping[fx.Node, fx.Node]) -> 
     return copy
 
 
+def _sinkhorn(root: nn.Module, graph: fx.Graph, node: fx.Node, values: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """A call of the iteration that a node of ours stands for."""
+    name = f"Sinkhorn_{node.name}"
+    root.add_module(name, _Sinkhorn(attributes_of(node)["iterations"]))
+    inputs: Any = node.args[0]
+    return graph.create_node("call_module", name, (values[inputs[0]],))
+
+
+class _Sinkhorn(nn.Module):
+    """Matrices made doubly stochastic; see :mod:`titans_converters.onnx.sinkhorn`."""
+
+    def __init__(self, iterations: int) -> None:
+        super().__init__()
+        self.iterations = iterations
+
+    def forward(self, logits: Tensor) -> list[Tensor]:
+        kernel = torch.exp(logits - logits.amax(-2, keepdim=True))
+        for _ in range(self.iterations):
+            kernel = kernel / kernel.sum(-2, keepdim=True)
+            kernel = kernel / kernel.sum(-1, keepdim=True)
+        return [kernel]
+
+
 class _Loop(nn.Module):
     """A recurrence: one token, or a loop over tiles. Names of tensors have become places in lists."""
 
@@ -168,6 +193,10 @@ class _Loop(nn.Module):
         self.tiles = _as_script(recurrence.tiles, listed=True)
         self.step = _as_script(recurrence.step, listed=True)
         self.rows = _as_script(recurrence.rows, listed=True)
+        self.tile = recurrence.tile
+        self.apart = torch.jit.Attribute(list(recurrence.apart), list[int])
+        self.position = inputs.index("position") if recurrence.apart else -1
+        self.live = tiles.index("live")
         self.counted = inputs.index(recurrence.tokens[0])
         self.carry = [inputs.index(name) for name in recurrence.carry]
         self.tile_inputs = [inputs.index(name) for name in recurrence.tiles.inputs]
@@ -177,12 +206,14 @@ class _Loop(nn.Module):
         self.row_inputs = [_place(name, ["tiles"], inputs) for name in recurrence.rows.inputs]
 
     def forward(self, inputs: list[Tensor]) -> list[Tensor]:
-        if inputs[self.counted].size(2) == 1:
+        if inputs[self.counted].size(2) == 1 and not self.is_apart(inputs):
             return self.one(inputs)  # type: ignore[no-any-return]
         tiles: list[Tensor] = self.tiles([inputs[i] for i in self.tile_inputs])
         carry = [inputs[i] for i in self.carry]
         outputs: list[Tensor] = []
         for n in range(tiles[0].size(0)):
+            if not bool(tiles[self.live][n].any()):  # the last tile is there for rows that begin late
+                break
             known = [tile[n] for tile in tiles] + carry + inputs
             results: list[Tensor] = self.step([known[i] for i in self.step_inputs])
             outputs.append(results[0])
@@ -190,6 +221,13 @@ class _Loop(nn.Module):
         known = [torch.stack(outputs)] + inputs  # noqa: RUF005 - TorchScript cannot unpack
         rows: list[Tensor] = self.rows([known[i] for i in self.row_inputs])
         return rows + carry
+
+    def is_apart(self, inputs: list[Tensor]) -> bool:
+        """Whether a row's token stands at a place that only a tile takes."""
+        for place in self.apart:  # noqa: SIM110 - TorchScript has no generators
+            if bool((inputs[self.position] % self.tile == place).any()):
+                return True
+        return False
 
 
 def _place(name: str, *lists: list[str]) -> int:

@@ -52,9 +52,10 @@ def load(
         path: bundle folder.
         providers: ONNX Runtime execution providers by preference; default is the CPU's. One that is
             not available is an error, never a silent fallback.
-        threads: threads within an operator; default is the backend's choice. PyTorch's are those of the process.
-        backend: ``onnxruntime``; ``torchscript``, which imports torch, for a bundle exported with that format;
-            or ``tensorrt``, which runs an engine that ``titans engine`` has built.
+        threads: threads within an operator; default is the backend's choice. Those of PyTorch are the
+            process's.
+        backend: ``onnxruntime``; ``torchscript``, which imports torch, for a bundle exported with that
+            format; or ``tensorrt``, which runs an engine that ``titans engine`` has built.
 
     Raises:
         BundleError: a file is missing, altered or of an unknown format, or the bundle lacks the backend's.

@@ -52,7 +52,7 @@ def tile_parts(
     *,
     tile: int,
 ) -> Tensors:
-    """All that does not depend on the memory, for all tiles together: :data:`TILE_PARTS`, tiles first."""
+    """All that does not depend on the memory, tiles first: :data:`TILE_PARTS`, and which tokens are there."""
     cut = cut_from_start(query, tile)
     live = cut.live[:, :, None]  # (N, B, 1, C)
     q, k, v = (into_tiles(x, cut) for x in (query, key, value))  # (N, B, H, C, D)
@@ -80,6 +80,7 @@ def tile_parts(
         p[..., -1:, :],
         r[..., -1:, :],
         c[..., -1:, :],
+        cut.live,
     )
 
 

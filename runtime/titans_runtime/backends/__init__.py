@@ -70,10 +70,6 @@ class Backend(Protocol):
         """What the bundle says of its graphs."""
 
     @property
-    def placements(self) -> Mapping[str, Placement | None]:
-        """For every loaded graph: provider → operator → nodes; None where that is not known."""
-
-    @property
     def residence(self) -> Residence:
         """Where bound arrays are: for who reads or writes state between runs."""
 

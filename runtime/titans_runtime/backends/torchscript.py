@@ -1,16 +1,14 @@
-"""Graphs in PyTorch: TorchScript and AOTInductor packages. Torch is imported when one is opened."""
+"""Graphs in TorchScript. Torch is imported when a bundle is opened with this backend, never before."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import logging
-import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -24,11 +22,12 @@ Function = Callable[..., Sequence[Any]]
 """Tensors in the order of a graph's inputs → tensors in the order of its outputs."""
 
 
-class TorchBackend:
-    """What both kinds of files have in common."""
+FORMAT: Final = "torchscript"
+"""Of the files, as the manifest names it; also the backend's name."""
 
-    format: str
-    """Of the files, as the manifest names it; also the backend's name."""
+
+class TorchScriptBackend:
+    """Runs a bundle's ``torchscript/*.pt`` on the CPU."""
 
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
         """Import torch, load the graph ``model``.
@@ -41,7 +40,7 @@ class TorchBackend:
             EnvironmentProblem: PyTorch is missing.
             BundleError: the bundle was exported without this format, or a file was altered.
         """
-        self._torch = _import_torch(self.format)
+        self._torch = _import_torch()
         self._bundle = bundle
         if threads is not None:
             self._torch.set_num_threads(threads)
@@ -77,62 +76,24 @@ class TorchBackend:
 
     def _open(self, name: str) -> Graph:
         spec = self.manifest.graphs.get(name)
-        if spec is None or self.format not in spec.formats:
+        if spec is None or FORMAT not in spec.formats:
             raise BundleError(
-                f"{self._bundle.folder}: no graph {name!r} for {self.format}; "
-                f"export it with --format {self.format}"
+                f"{self._bundle.folder}: no graph {name!r} for {FORMAT}; export it with --format {FORMAT}"
             )
-        file = spec.formats[self.format]
+        file = spec.formats[FORMAT]
         content = self._bundle.read(file)
         try:
             with _quiet():
-                function = self._load(content, spec)
+                function = self._load(content)
         except Exception as error:  # noqa: BLE001 - torch raises whatever its readers do
             reason = " ".join(str(error).split())[:300]
             raise BundleError(f"{self._bundle.folder / file}: cannot be loaded ({reason})") from None
         return TorchGraph(self._torch, function, spec)
 
-    def _load(self, content: bytes, spec: GraphSpec) -> Function:
-        """What runs the file with this content."""
-        raise NotImplementedError
-
-
-class TorchScriptBackend(TorchBackend):
-    """Runs a bundle's ``torchscript/*.pt``."""
-
-    format = "torchscript"
-
-    def _load(self, content: bytes, spec: GraphSpec) -> Function:
-        del spec
+    def _load(self, content: bytes) -> Function:
         module = self._torch.jit.load(io.BytesIO(content), map_location="cpu")
         frozen: Function = self._torch.jit.freeze(module.eval())
         return frozen
-
-
-class AotInductorBackend(TorchBackend):
-    """Runs a bundle's ``aot_inductor/*.pt2``: native code, for the kind of CPU that compiled it."""
-
-    format = "aoti"
-
-    def _load(self, content: bytes, spec: GraphSpec) -> Function:
-        # From verified bytes, not from the bundle's file, which might be swapped after the check.
-        with tempfile.TemporaryDirectory(prefix="titans-") as folder:
-            path = Path(folder) / "graph.pt2"
-            path.write_bytes(content)
-            load = self._torch._inductor.aoti_load_package  # noqa: SLF001 - where PyTorch documents it
-            many, one = load(str(path), "many"), load(str(path), "one")
-        tokens = next(
-            (place, tensor.shape.index("tokens"))
-            for place, tensor in enumerate(spec.inputs)
-            if "tokens" in tensor.shape
-        )
-
-        def run(*tensors: Any) -> Sequence[Any]:  # noqa: ANN401 - torch.Tensor
-            place, axis = tokens
-            results: Sequence[Any] = (one if tensors[place].shape[axis] == 1 else many)(*tensors)
-            return results
-
-        return run
 
 
 class TorchGraph:
@@ -179,12 +140,12 @@ class TorchCall:
             np.copyto(array, results[place].numpy())
 
 
-def _import_torch(backend: str) -> Any:  # noqa: ANN401 - a module
+def _import_torch() -> Any:  # noqa: ANN401 - a module
     try:
         import torch  # noqa: TID251
     except ImportError:
         raise EnvironmentProblem(
-            f"the backend {backend} needs PyTorch, which is not installed; pip install torch"
+            f"the backend {FORMAT} needs PyTorch, which is not installed; pip install torch"
         ) from None
     return torch
 
