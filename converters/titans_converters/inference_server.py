@@ -52,6 +52,7 @@ def write_repository(bundle: Bundle, folder: Path, max_batch: int = 8, max_strea
         version.mkdir()
         graph = onnx.load_from_string(bundle.read(bundle.manifest.graphs["model"].file))
         _hand_through(graph, _fixed(bundle))
+        _give_axes(graph, [entry.name for entry in bundle.manifest.state if not entry.row_shape])
         write_atomically(version / "model.onnx", graph.SerializeToString(deterministic=True))
         if WEIGHTS_NAME in bundle.manifest.files:
             write_atomically(version / WEIGHTS_NAME, bundle.read(WEIGHTS_NAME))
@@ -103,6 +104,27 @@ def _hand_through(graph: onnx.ModelProto, names: Sequence[str]) -> None:
         output.name = present
 
 
+def _give_axes(graph: onnx.ModelProto, names: Sequence[str]) -> None:
+    """Give state of one number a stream an axis: to the server a tensor has one beside the batch."""
+    axis = "state.axis"
+    before = [onnx.helper.make_node("Constant", [], [axis], value_ints=[1])]
+    after = []
+    values = {value.name: value for value in (*graph.graph.input, *graph.graph.output)}
+    for past, present in ((f"past.{name}", f"present.{name}") for name in names):
+        for name in (past, present):
+            values[name].type.tensor_type.shape.dim.add().dim_value = 1
+            for node in graph.graph.node:
+                for tensors in (node.input, node.output):
+                    for index, tensor in enumerate(tensors):
+                        tensors[index] = f"{name}.number" if tensor == name else tensor
+        before.append(onnx.helper.make_node("Squeeze", [past, axis], [f"{past}.number"]))
+        after.append(onnx.helper.make_node("Unsqueeze", [f"{present}.number", axis], [present]))
+    if names:
+        nodes = [*before, *graph.graph.node, *after]
+        del graph.graph.node[:]
+        graph.graph.node.extend(nodes)
+
+
 def _tensor(tensor: TensorSpec) -> Iterator[str]:
     yield f'name: "{tensor.name}"'
     yield f"data_type: {_TYPES[tensor.dtype]}"
@@ -110,7 +132,7 @@ def _tensor(tensor: TensorSpec) -> Iterator[str]:
 
 
 def _state(entry: StateSpec) -> Iterator[str]:
-    typed = [f"data_type: {_TYPES[entry.dtype]}", f"dims: {_dims(entry.shape[1:])}"]
+    typed = [f"data_type: {_TYPES[entry.dtype]}", f"dims: {_dims(entry.shape[1:]) or [1]}"]
     data = "zero_data: true" if entry.initial == 0 else f'data_file: "{entry.name}"'
     yield f'input_name: "past.{entry.name}"'
     yield f'output_name: "present.{entry.name}"'

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from google.protobuf import text_format
 
 import titans_runtime as tr
-from titans_converters.inference_server import model_config, write_repository
+from titans_converters.inference_server import _give_axes, model_config, write_repository
 from titans_runtime.bundle import open_bundle
 
 ConfigType = Callable[[], Any]
@@ -93,6 +94,33 @@ def test_a_server_that_carries_the_state_computes_what_a_session_does(
         results = dict(zip(names, graph.run(None, {"input_ids": ids, "edit": edit, **state}), strict=True))
         assert np.allclose(results["logits"][0], session.append(tokens), atol=1e-5)
         state = {name: results[name.replace("past.", "present.")] for name in state}
+
+
+def test_a_state_of_one_number_has_an_axis_for_the_server() -> None:
+    graph = onnx.parser.parse_model(
+        """
+        <ir_version: 10, opset_import: ["": 23]>
+        g (int64[B] past_position, int64[B, T] ids) => (int64[B, T] where, int64[B] present_position) {
+            one = Constant <value_ints = [1]> ()
+            column = Unsqueeze (past_position, one)
+            where = Add (ids, column)
+            present_position = Add (past_position, one)
+        }
+        """
+    )
+    for tensors in (tensors for node in graph.graph.node for tensors in (node.input, node.output)):
+        for index, name in enumerate(tensors):
+            tensors[index] = name.replace("_position", ".position")  # the language knows no dots
+    for value in (*graph.graph.input, *graph.graph.output):
+        value.name = value.name.replace("_position", ".position")
+    _give_axes(graph, ["position"])
+    onnx.checker.check_model(graph)
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    ids = np.arange(6).reshape(2, 3)
+    position = np.array([[5], [7]])
+    where, present = session.run(None, {"past.position": position, "ids": ids})
+    assert np.array_equal(where, ids + position)
+    assert np.array_equal(present, position + 1)
 
 
 def test_a_model_of_the_same_name_is_replaced_and_nothing_else(repository: Path, tiny_bundle: Path) -> None:
