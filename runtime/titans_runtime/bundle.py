@@ -51,8 +51,9 @@ class Bundle:
     def hold(self, name: str) -> Iterator[None]:
         """Check a listed file without taking it into memory, and that it stays the same until the end.
 
-        For a library that opens the file itself. What it has opened is what was checked: a file that takes
-        its place, or is written to, differs in its inode or in the time of its last change.
+        For a library that opens the file itself, and whose result is used only after the end. What it has
+        opened is what was checked: a file that takes its place, or is written to, differs in its inode or in
+        the time of its last change.
 
         Raises:
             BundleError: as :meth:`read`; or the file changed in between.
@@ -60,11 +61,16 @@ class Bundle:
         entry = self.manifest.files.get(name)
         if entry is None:
             raise BundleError(f"{self.folder}: {name!r} is not listed in {MANIFEST_NAME}")
+        from concurrent.futures import ThreadPoolExecutor
+
         path = self.folder / name
-        with _open_regular(path, entry.size) as file:
+        with _open_regular(path, entry.size) as file, ThreadPoolExecutor(1) as beside:
             before = _mark(os.fstat(file.fileno()))
-            self._check_digest(name, hashlib.file_digest(file, "sha256").hexdigest())
-            yield
+            digest = beside.submit(hashlib.file_digest, file, "sha256")  # while the other one loads
+            try:
+                yield
+            finally:  # a load that fails, too, may have failed over what was altered
+                self._check_digest(name, digest.result().hexdigest())
             if not path.exists() or _mark(path.lstat()) != before:
                 raise BundleError(f"{path}: changed while it was loaded; load the bundle again")
 
