@@ -21,6 +21,16 @@ _SOURCES = (_ROOT / "titans_export", _ROOT / "converters" / "titans_converters")
 _NO_PART = {"peers", "demo", "training", "__pycache__"}  # of what a model computes
 
 
+VARIANTS: dict[str, dict[str, str]] = {
+    "float32": {},
+    "int8": {"weights": "int8"},
+    "int4": {"weights": "int4"},
+    "scan": {"scan": "scan"},
+    "native": {"scan": "native"},
+}
+"""Ways to export a model: what ``export_bundle`` is given."""
+
+
 @dataclass(frozen=True)
 class Prepared:
     """Folders of one model."""
@@ -30,25 +40,35 @@ class Prepared:
     work: Path
 
 
-def prepared(size: str) -> Prepared:
-    """The model of a preset; made where these sources have not made it yet."""
-    root = cached(size, partial(_make, size))
-    return Prepared(root / "checkpoint", root / "bundle", root / "work")
+def prepared(size: str, variant: str = "float32") -> Prepared:
+    """The model of a preset, exported in some way; made where these sources have not made it yet."""
+    checkpoint = cached(size, partial(_initialise, size), "checkpoint")
+    root = cached(f"{size}-{variant}", partial(_export, checkpoint, variant), variant)
+    return Prepared(checkpoint / "checkpoint", root / variant, root / "work")
 
 
-def cached(name: str, make: Callable[[Path], None]) -> Path:
-    """A folder below ``out/latency`` for this state of the sources, filled by ``make`` at the first call."""
+def cached(name: str, make: Callable[[Path], None], last: str) -> Path:
+    """A folder below ``out/latency`` for this state of the sources.
+
+    Args:
+        name: of the folder.
+        make: fills it, at the first call.
+        last: what is there when it is complete.
+    """
     root = _ROOT / "out" / "latency" / f"{name}-{_digest()}"
-    if not (root / "bundle").exists():
+    if not (root / last).exists():
         shutil.rmtree(root, ignore_errors=True)
         make(root)
     return root
 
 
-def _make(size: str, folder: Path) -> None:
+def _initialise(size: str, folder: Path) -> None:
     torch.manual_seed(0)
     save_checkpoint(TitansModel(PRESETS[size]), folder / "checkpoint")
-    export_bundle(folder / "checkpoint", folder / "bundle")
+
+
+def _export(checkpoint: Path, variant: str, folder: Path) -> None:
+    export_bundle(checkpoint / "checkpoint", folder / variant, **VARIANTS[variant])
 
 
 def _digest() -> str:

@@ -15,21 +15,30 @@ class Target:
         what: in words.
         backends: of which the fastest counts.
         least: ratio of its time to ours that must be reached.
-        size: for which it was set.
+        kinds: of the runs that count.
     """
 
     what: str
     backends: tuple[str, ...]
     least: float
-    size: str = "base"
+    kinds: tuple[str, ...] = ("prefill", "decode")
 
 
 @dataclass(frozen=True)
 class Row:
-    """Options of ``titans bench``, and targets."""
+    """One command.
+
+    Attributes:
+        options: of ``titans bench``.
+        targets: what must come out.
+        variant: the export that is the reference.
+        beside: other exports of the same model.
+    """
 
     options: tuple[str, ...]
     targets: tuple[Target, ...] = ()
+    variant: str = "float32"
+    beside: tuple[str, ...] = ()
 
 
 ROWS = {
@@ -67,10 +76,19 @@ ROWS = {
         ("-p", "513", "-n", "0", "-e", "0", "--editor", "readout:step=0.5,chunk=64", "--backend", "autograd"),
         (Target("open editor, readout: PyTorch autograd", ("autograd",), 2),),
     ),
+    "int8": Row(
+        ("-p", "512", "-n", "64", "--tolerance", "0.1"),
+        (Target("decode, weights in int8: float32", ("float32",), 2, ("decode",)),),
+        "int8",
+        ("float32",),
+    ),
+    "int4": Row(("-p", "512", "-n", "64", "--tolerance", "0.3"), (), "int4", ("float32",)),
+    "scan": Row(("-p", "512", "-n", "64"), (), beside=("scan",)),
+    "native": Row(("-p", "512", "-n", "64", "-e", "0"), (), beside=("native",)),
     "editing": Row(("-p", "512", "-n", "64", "-e", "0,1")),
     "eager": Row(("-p", "512", "-n", "64", "-e", "0,1", "--backend", "eager")),
 }
-"""By name. ``editing`` compares its two strengths; ``summary`` does."""
+"""By name. ``summary`` compares the strengths of ``editing``; ``native`` is for models without momentum."""
 
 LIBRARY = {
     "memory": {

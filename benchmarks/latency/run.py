@@ -30,19 +30,23 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--backend", default=None, metavar="NAME,…", help="in place of the row's")
     args = parser.parse_args()
-    model = prepared(args.size)
+    row = ROWS[args.row]
+    model = prepared(args.size, row.variant)
     RESULTS.mkdir(parents=True, exist_ok=True)
     name = f"{args.row}-{args.size}-{args.threads}t"
     options = argparse.ArgumentParser()
     add_options(options)
-    arguments = [str(model.bundle), *ROWS[args.row].options]
+    arguments = [str(model.bundle), *row.options]
     arguments += ["--checkpoint", str(model.checkpoint), "--work", str(model.work)]
     arguments += ["-t", str(args.threads), "-r", str(args.rounds)]
     arguments += ["-o", "md,csv,json,plot", "--out", str(RESULTS / name)]
+    for variant in row.beside:
+        arguments += ["--beside", str(prepared(args.size, variant).bundle)]
+    command = f"python -m benchmarks.latency.run {args.row} --size {args.size} --threads {args.threads}"
     if args.backend is not None:
         arguments += ["--backend", args.backend]
+        command += f" --backend {args.backend}"
     bench = options.parse_args(arguments)
-    command = f"python -m benchmarks.latency.run {args.row} --size {args.size} --threads {args.threads}"
     written, agreed = run_bench(bench, command)
     print((RESULTS / f"{name}.md").read_text(encoding="utf-8"))
     print(written, file=sys.stderr)

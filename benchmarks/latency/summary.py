@@ -112,7 +112,9 @@ def _bench(content: dict[str, Any]) -> Iterator[Line]:
 
 
 def _best(content: dict[str, Any], target: Target) -> dict[str, Any] | None:
-    rows = [row for row in content["rows"] if row["backend"] in target.backends]
+    rows = [
+        row for row in content["rows"] if row["backend"] in target.backends and row["kind"] in target.kinds
+    ]
     return min(rows, key=lambda row: row["ratio"], default=None)
 
 

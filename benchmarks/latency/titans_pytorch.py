@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    folder = cached(f"titans-pytorch-{args.kind}", partial(_make, args.kind))
+    folder = cached(f"titans-pytorch-{args.kind}", partial(_make, args.kind), "bundle")
     job = Job(folder / "bundle", None, args.threads, folder)
     model = library_model(args.kind)
     bar = partial(progress_bar, description="rounds", unit="round")
