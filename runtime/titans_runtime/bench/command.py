@@ -60,6 +60,8 @@ def run_bench(args: argparse.Namespace, command: str) -> tuple[str, bool]:
 
 def _measure(args: argparse.Namespace, wanted: list[Case], threads: int, work: Path) -> Measurement:
     bundle = open_bundle(args.bundle)
+    if bundle.manifest.vocab_size < 1:
+        raise UsageError(f"{args.bundle}: takes vectors; bench times models of token ids")
     editor = Editor.parse(args.editor) if args.editor else None
     job = Job(args.bundle, args.checkpoint, threads, work, editor)
     contestants, absent = _contestants(args, job)
