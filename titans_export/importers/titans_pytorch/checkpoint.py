@@ -101,12 +101,18 @@ def import_checkpoint(
         load(model, tensors)
     except DataError as error:
         raise DataError(f"{file}: {error}") from None
-    out.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    write_atomically(out / TENSORS_FILE, save_tensors(state))
-    write_json(out / _EDITING_FILE, _EDITING)
-    write_json(out / CONFIG_FILE, content)
-    return Imported(kind, len(tensors), sum(tensor.numel() for tensor in state.values()))
+    save_imported(model, content, out)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Imported(kind, len(tensors), parameters)
+
+
+def save_imported(model: LibraryModel, config: dict[str, Any], folder: Path) -> None:
+    """Write a checkpoint whose memories learn as they do in the library."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    write_atomically(folder / TENSORS_FILE, save_tensors(state))
+    write_json(folder / _EDITING_FILE, _EDITING)
+    write_json(folder / CONFIG_FILE, config)
 
 
 def load_imported(folder: Path, config: Mapping[str, Any]) -> ImportedModel:
