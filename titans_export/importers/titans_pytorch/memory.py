@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from titans_export.importers.titans_pytorch.networks import Weights, surprise
+from titans_export.importers.titans_pytorch.networks import Weights, gradient
 from titans_export.importers.titans_pytorch.options import MemoryOptions
 
 _SMALLEST = 1e-30  # a norm of zero must not divide zero
@@ -114,9 +114,18 @@ class LibraryMemory(nn.Module):
             weights: ``M``, ``(B, H, …)`` each.
             x: the query's view.
         """
+        return self.read_in_turn([weights], [x.shape[1]], x)
+
+    def read_in_turn(self, memories: list[Weights], counts: list[int], x: Tensor) -> Tensor:
+        """The same where the memory changes along ``x``: each of ``memories`` answers ``counts`` tokens."""
         x = self.retrieve_norm(x)
         query = self.q_norm(self._heads(self.activation(self.to_queries(x))))
-        y = self.multihead_rmsnorm(self.network.read(weights, query))
+        if len(memories) == 1:
+            y = self.network.read(memories[0], query)
+        else:
+            parts = zip(memories, query.split(counts, dim=2), strict=True)
+            y = torch.cat([self.network.read(weights, part) for weights, part in parts], dim=2)
+        y = self.multihead_rmsnorm(y)
         if self.combine_heads is None or self.retrieve_gate is None:
             alone: Tensor = y.squeeze(1)
             return alone
@@ -152,10 +161,9 @@ class LibraryMemory(nn.Module):
         if self.to_learned_weight_residual_mix is not None:
             mix = torch.sigmoid(self.to_learned_weight_residual_mix(pooled))
             base = tuple(w + _beside(mix, p) * p for w, p in zip(base, previous, strict=True))
-        gradient = self._gradient(base, key_view, value_view)
         there = live.to(chunk.dtype)[:, None]  # (B, 1)
-        gradient = self._modulated(gradient, pooled, there)
-        update, momentum = self._momentum(gradient, state.momentum, pooled, live)
+        surprises = self._modulated(self._surprise(base, key_view, value_view, there), pooled)
+        update, momentum = self._momentum(surprises, state.momentum, pooled, live)
         if self.options.spectral_norm_surprises:
             update = tuple(_orthogonal(u) for u in update)
         strength = edit[:, None] * there
@@ -183,17 +191,19 @@ class LibraryMemory(nn.Module):
         attended: Tensor = (view * self.to_attn_logits(view).softmax(1)).sum(1)
         return attended
 
-    def _gradient(self, base: Weights, key_view: Tensor, value_view: Tensor) -> Weights:
+    def _surprise(self, base: Weights, key_view: Tensor, value_view: Tensor, there: Tensor) -> Weights:
+        """``-g``; zero for rows whose chunk is not complete. Sign and zeros go in with the steps."""
         options = self.options
         key = self.k_norm(self._heads(self.activation(self.to_keys(key_view))))
         value = self._heads(self.activation(self.to_values(value_view)))
-        step = options.default_step_transform_max_lr * torch.sigmoid(self._per_update(key_view))
+        scale = -options.default_step_transform_max_lr * there[..., None]
+        step = scale * torch.sigmoid(self._per_update(key_view))
         if options.store_with_lookahead_value:
             key, value, step = key[:, :, :-1], value[:, :, 1:], step[:, :, :-1]
-        gradient = surprise(self.network, base, key, value, step)
+        descent = gradient(self.network, base, key, value, step)
         if options.max_grad_norm is None:
-            return gradient
-        return tuple(_clamped(g, options.max_grad_norm) for g in gradient)
+            return descent
+        return tuple(_clamped(g, options.max_grad_norm) for g in descent)
 
     def _per_update(self, view: Tensor) -> Tensor:
         """Raw steps ``(B, H, C U)``: a token may write several times."""
@@ -202,21 +212,20 @@ class LibraryMemory(nn.Module):
         steps: Tensor = raw.transpose(1, 2).reshape(batch, self.options.heads, -1)
         return steps
 
-    def _modulated(self, gradient: Weights, pooled: Tensor, there: Tensor) -> Weights:
+    def _modulated(self, surprises: Weights, pooled: Tensor) -> Weights:
         if self.to_layer_modulation is None:
-            return tuple(g * _beside(there, g) for g in gradient)
+            return surprises
         raw = self.to_layer_modulation(pooled).unflatten(-1, (self.options.heads, -1))
-        scales = torch.sigmoid(raw) * self.options.max_mem_layer_modulation * there[..., None]
-        return tuple(g * _beside(scales[..., index], g) for index, g in enumerate(gradient))
+        scales = torch.sigmoid(raw) * self.options.max_mem_layer_modulation
+        return tuple(s * _beside(scales[..., index], s) for index, s in enumerate(surprises))
 
     def _momentum(
-        self, gradient: Weights, past: Weights, pooled: Tensor, live: Tensor
+        self, surprises: Weights, past: Weights, pooled: Tensor, live: Tensor
     ) -> tuple[Weights, Weights]:
         """What is added to the memory, and every order's momentum."""
-        surprises = tuple(-g for g in gradient)
         if self.to_momentum is None:
             return surprises, ()
-        orders, width = self.options.momentum_order, len(gradient)
+        orders, width = self.options.momentum_order, len(surprises)
         gates = torch.sigmoid(self.to_momentum(pooled)).unflatten(-1, (self.options.heads, orders))
         gates = torch.where(live[:, None, None], gates, 1.0)
         levels = [surprises]
@@ -280,7 +289,7 @@ def _choose(rows: Tensor, new: Tensor, old: Tensor) -> Tensor:
 
 def _clamped(gradient: Tensor, limit: float) -> Tensor:
     """``g · (tanh(‖g‖ / (m/2)) + 1) (m/2) / ‖g‖``, over all of a head's tensor."""
-    norm = gradient.flatten(2).square().sum(-1).sqrt()
+    norm = torch.linalg.vector_norm(gradient.flatten(2), dim=-1)
     half = limit / 2
     scale = (torch.tanh(norm / half) * half + half) / norm.clamp(min=_SMALLEST)
     return gradient * _beside(scale, gradient)
@@ -293,12 +302,13 @@ def _orthogonal(x: Tensor) -> Tensor:
     a, b, c = _NEWTON_SCHULZ
     tall = x.shape[-2] > x.shape[-1]
     t = x.mT if tall else x
-    norm = t.square().sum((-1, -2), keepdim=True).sqrt()
+    norm = torch.linalg.vector_norm(t, dim=(-2, -1), keepdim=True)
     t = t / norm.clamp(min=1e-7)
     for _ in range(5):
         square = t @ t.mT
         t = a * t + (b * square + c * square @ square) @ t
-    return t.mT if tall else t
+    turned: Tensor = t.mT if tall else t
+    return turned
 
 
 def initial_memories(memory: LibraryMemory, batch: int) -> Memories:

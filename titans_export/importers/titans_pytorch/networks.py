@@ -240,7 +240,7 @@ def build(spec: dict[str, Any], residual_norm: bool) -> Network:
     return ResidualNorm(inner) if residual_norm else inner
 
 
-def surprise(network: Network, weights: Weights, key: Tensor, value: Tensor, step: Tensor) -> Weights:
+def gradient(network: Network, weights: Weights, key: Tensor, value: Tensor, step: Tensor) -> Weights:
     """``∇_W Σ_t θ_t · mean_d (f(W; k_t) - v_t)²``.
 
     Args:

@@ -16,7 +16,7 @@ class Mixed(NamedTuple):
 
     Attributes:
         branch: ``(B, E, dim)``, what the branch is given.
-        streams: ``(B, E, s, dim)``, to which its answer is added.
+        streams: ``(B, E, s, dim)``, to which its answer is added, where it is.
         weight: ``(B, E, s, 1)``, how much of the answer each stream takes; None where there is one stream.
     """
 
@@ -50,12 +50,13 @@ class HyperConnection(nn.Module):
 
     def forward(self, x: Tensor) -> Mixed:
         """``(B, E, s, dim)``."""
-        length = x.square().sum(-1, keepdim=True).sqrt().clamp(min=_SMALLEST)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=_SMALLEST)
         mix = (x @ self.weight) / length + self.static
+        branch = (torch.sigmoid(mix[..., :1]) * x).sum(2)
+        if not self.adds:
+            return Mixed(branch, x, None)
         stochastic = self.sinkhorn(mix[..., 1 : 1 + self.streams], ITERATIONS)
-        ways = torch.cat([torch.sigmoid(mix[..., :1]), stochastic], dim=-1).mT @ x
-        weight = 2.0 * torch.sigmoid(mix[..., -1:]) if self.adds else None
-        return Mixed(ways[:, :, 0], ways[:, :, 1:], weight)
+        return Mixed(branch, stochastic.mT @ x, 2.0 * torch.sigmoid(mix[..., -1:]))
 
 
 class SingleStream(nn.Module):

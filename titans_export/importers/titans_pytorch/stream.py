@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -86,21 +87,21 @@ def advance(
         The answers ``(B, E, dim)``, the state after the last place, and the memory as each chunk began,
         that of the last, incomplete one included.
     """
-    history, reads, start, read = [state.memories.memory], [], 0, 0
+    history, start = [state.memories.memory], 0
     for index, end in enumerate(chunks.ends):
         store = _put(state.store, inputs, chunks, start, end + 1)
         live, boundary = inputs.live[:, end], _at_boundary(memory.options, first + end + 1)
-        reads.append((history[-1], inputs.query[:, read:end]))
         before = previous[index] if previous else ()
         memories = memory.update(store, state.memories, edit, live, boundary, before)
         state = MemoryState(store, memories)
         history.append(memories.memory)
-        start, read = end + 1, end
+        start = end + 1
     if start < chunks.count:
         state = state._replace(store=_put(state.store, inputs, chunks, start, chunks.count))
-    reads.append((history[-1], inputs.query[:, read:]))
-    answers = [memory.read(weights, query) for weights, query in reads if query.shape[1]]
-    return answers[0] if len(answers) == 1 else torch.cat(answers, dim=1), state, history
+    counts = [stop - begin for begin, stop in itertools.pairwise([0, *chunks.ends, chunks.count])]
+    reads = [(weights, count) for weights, count in zip(history, counts, strict=True) if count]
+    answers = memory.read_in_turn([w for w, _ in reads], [c for _, c in reads], inputs.query)
+    return answers, state, history
 
 
 def one_token(
