@@ -196,7 +196,7 @@ def _cases(kind: str, model: nn.Module) -> list[tuple[Case, Array, dict[str, Any
     uncached = {"titans-pytorch": uncached_step(model)}
     return [
         (Case("prefill", 1024), nothing, uncached),
-        (Case("decode", 48), prompt, {"titans-pytorch, cache": cached_step(model)}),
+        (Case("decode", 64), prompt, {"titans-pytorch, cache": cached_step(model)}),
         (Case("decode", 6), prompt, {"titans-pytorch, sample's default": uncached_step(model)}),
     ]
 

@@ -216,8 +216,8 @@ class LibraryMemory(nn.Module):
         if self.to_layer_modulation is None:
             return surprises
         raw = self.to_layer_modulation(pooled).unflatten(-1, (self.options.heads, -1))
-        scales = torch.sigmoid(raw) * self.options.max_mem_layer_modulation
-        return tuple(s * _beside(scales[..., index], s) for index, s in enumerate(surprises))
+        scales = (torch.sigmoid(raw) * self.options.max_mem_layer_modulation).split(1, dim=-1)
+        return tuple(s * _beside(scale, s) for scale, s in zip(scales, surprises, strict=True))
 
     def _momentum(
         self, surprises: Weights, past: Weights, pooled: Tensor, live: Tensor
@@ -229,9 +229,8 @@ class LibraryMemory(nn.Module):
         gates = torch.sigmoid(self.to_momentum(pooled)).unflatten(-1, (self.options.heads, orders))
         gates = torch.where(live[:, None, None], gates, 1.0)
         levels = [surprises]
-        for order in range(orders):
+        for order, gate in enumerate(gates.split(1, dim=-1)):
             before = past[order * width : (order + 1) * width]
-            gate = gates[..., order]
             new = tuple(
                 _beside(gate, s) * s + x for s, x in zip(before, self._into(order, levels, live), strict=True)
             )
@@ -240,10 +239,10 @@ class LibraryMemory(nn.Module):
         if self.to_learned_momentum_combine is None:
             return levels[-1], present
         raw = self.to_learned_momentum_combine(pooled).unflatten(-1, (self.options.heads, -1))
-        parts = raw.softmax(-1)
+        parts = raw.softmax(-1).split(1, dim=-1)
         mixed = levels if self.options.learned_combine_include_zeroth else levels[1:]
         update = tuple(
-            sum((_beside(parts[..., index], u) * u for index, u in enumerate(tensors)), start=torch.zeros(()))
+            sum((_beside(part, u) * u for part, u in zip(parts, tensors, strict=True)), start=torch.zeros(()))
             for tensors in zip(*mixed, strict=True)
         )
         return update, present
@@ -279,8 +278,8 @@ def _head_norm(options: MemoryOptions, there: bool) -> nn.Module:
 
 
 def _beside(scale: Tensor, weights: Tensor) -> Tensor:
-    """``(B, H)`` or ``(B, 1)`` with as many axes as ``weights (B, H, …)``."""
-    return scale.reshape(*scale.shape, *[1] * (weights.dim() - 2))
+    """``(B, H)`` or ``(B, 1)``, then an axis of one or none, with as many axes as ``weights (B, H, …)``."""
+    return scale.reshape(*scale.shape[:2], *[1] * (weights.dim() - 2))
 
 
 def _choose(rows: Tensor, new: Tensor, old: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class SingleStream(nn.Module):
 
     def forward(self, x: Tensor) -> Mixed:
         """``(B, E, 1, dim)``."""
-        return Mixed(x[:, :, 0], x, None)
+        return Mixed(x.squeeze(2), x, None)
 
 
 def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
