@@ -42,10 +42,7 @@ def sinkhorn_function(size: int, iterations: int) -> onnx.FunctionProto:
     by_column = [float(i % size == j % size) for i in range(count) for j in range(count)]
     by_row = [float(i // size == j // size) for i in range(count) for j in range(count)]
     lines = [
-        "rows_axis = Constant<value_ints = [-2]>()",
-        "largest = ReduceMax<keepdims = 1>(logits, rows_axis)",
-        "below = Sub(logits, largest)",
-        "powers = Exp(below)",
+        "powers = Softmax<axis = -2>(logits)",  # and the columns divided once
         "shape = Shape(logits)",
         f"flat = Constant<value_ints = [-1, {count}]>()",
         f"square = Constant<value_ints = [{count}, {count}]>()",
@@ -57,17 +54,16 @@ def sinkhorn_function(size: int, iterations: int) -> onnx.FunctionProto:
     ]
     scaled = "kernel"
     for i in range(iterations):
-        lines += [
-            f"column_sums_{i} = MatMul({scaled}, by_column)",
-            f"column_{i} = Reciprocal(column_sums_{i})",
-            f"by_columns_{i} = Mul(kernel, column_{i})",
-            f"row_sums_{i} = MatMul(by_columns_{i}, by_row)",
-            f"row_{i} = Reciprocal(row_sums_{i})",
-            f"by_rows_{i} = Mul(kernel, row_{i})",
-        ]
-        scaled = f"by_rows_{i}"
-    last = iterations - 1
-    lines += [f"result = Mul(by_columns_{last}, row_{last})", "matrix = Reshape(result, shape)"]
+        lines += [f"row_sums_{i} = MatMul({scaled}, by_row)", f"row_{i} = Reciprocal(row_sums_{i})"]
+        if i < iterations - 1:
+            lines += [
+                f"by_rows_{i} = Mul(kernel, row_{i})",
+                f"column_sums_{i} = MatMul(by_rows_{i}, by_column)",
+                f"column_{i} = Reciprocal(column_sums_{i})",
+                f"by_columns_{i} = Mul(kernel, column_{i})",
+            ]
+            scaled = f"by_columns_{i}"
+    lines += [f"result = Mul({scaled}, row_{iterations - 1})", "matrix = Reshape(result, shape)"]
     body = "\n".join(f"    {line}" for line in lines)
     function: onnx.FunctionProto = onnx.parser.parse_function(
         f'<domain: "{memory_op.DOMAIN}", opset_import: ["" : {OPSET}]>\n'

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from titans_export.importers.titans_pytorch.networks import Weights, gradient
 from titans_export.importers.titans_pytorch.options import MemoryOptions
 
-_SMALLEST = 1e-30  # a norm of zero must not divide zero
+_SMALLEST = 1e-15  # a length of zero must neither divide zero nor have an infinite slope
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
@@ -288,10 +288,14 @@ def _choose(rows: Tensor, new: Tensor, old: Tensor) -> Tensor:
 
 def _clamped(gradient: Tensor, limit: float) -> Tensor:
     """``g · (tanh(‖g‖ / (m/2)) + 1) (m/2) / ‖g‖``, over all of a head's tensor."""
-    norm = torch.linalg.vector_norm(gradient.flatten(2), dim=-1)
+    norm = _length(gradient, tuple(range(2, gradient.dim())))
     half = limit / 2
-    scale = (torch.tanh(norm / half) * half + half) / norm.clamp(min=_SMALLEST)
+    scale = (torch.tanh(norm / half) * half + half) / norm
     return gradient * _beside(scale, gradient)
+
+
+def _length(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    return ((x * x).sum(axes) + _SMALLEST**2).sqrt()
 
 
 def _orthogonal(x: Tensor) -> Tensor:
@@ -301,8 +305,7 @@ def _orthogonal(x: Tensor) -> Tensor:
     a, b, c = _NEWTON_SCHULZ
     tall = x.shape[-2] > x.shape[-1]
     t = x.mT if tall else x
-    norm = torch.linalg.vector_norm(t, dim=(-2, -1), keepdim=True)
-    t = t / norm.clamp(min=1e-7)
+    t = t / (_length(t, (-2, -1))[..., None, None] + _SMALLEST)
     for _ in range(5):
         square = t @ t.mT
         t = a * t + (b * square + c * square @ square) @ t

@@ -50,7 +50,7 @@ class HyperConnection(nn.Module):
 
     def forward(self, x: Tensor) -> Mixed:
         """``(B, E, s, dim)``."""
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=_SMALLEST)
+        length = ((x * x).sum(-1, keepdim=True) + _SMALLEST**2).sqrt()
         mix = (x @ self.weight) / length + self.static
         branch = (torch.sigmoid(mix[..., :1]) * x).sum(2)
         if not self.adds:
@@ -77,10 +77,10 @@ def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
 
     Kept as the matrix and a factor for each row and column: ``u_i K_ij v_j``.
     """
-    kernel = torch.exp(logits - logits.amax(-2, keepdim=True))
-    row = torch.ones_like(kernel[..., :1])
-    column = row.mT
-    for _ in range(iterations):
+    kernel = logits.softmax(-2)  # the columns have been divided once
+    row = 1.0 / kernel.sum(-1, keepdim=True)
+    column = torch.ones_like(kernel[..., :1, :])
+    for _ in range(iterations - 1):
         column = 1.0 / (kernel * row).sum(-2, keepdim=True)
         row = 1.0 / (kernel * column).sum(-1, keepdim=True)
     return kernel * row * column
