@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from titans_export.config import ModelConfig
+from titans_export.gradients import association, prediction
 from titans_export.memory import token_loop
 from titans_export.memory.output import MemoryOutput
 from titans_export.memory.readout import readout_gradient
@@ -57,7 +58,8 @@ def make_goldens(model: TitansModel, seed: int = 0) -> Arrays:
     arrays: Arrays = {}
     for case in _cases(model.config, generator):
         arrays |= _run_model(reference, case, generator)
-    return arrays | _run_readout_gradient(model.config, generator)
+    arrays |= _run_readout_gradient(model.config, generator)
+    return arrays | _run_gradients(reference, generator)
 
 
 def _token_loop_rule(*inputs: Tensor, tile: int) -> MemoryOutput:
@@ -162,3 +164,29 @@ def _single(tensor: Tensor) -> npt.NDArray[np.generic]:
     tensor = tensor.detach()
     array: npt.NDArray[np.generic] = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
     return np.ascontiguousarray(array)
+
+
+def _run_gradients(model: TitansModel, generator: torch.Generator) -> Arrays:
+    """What the gradient graphs must give, by autograd in float64, on rows in the middle of their units."""
+    config = model.config
+    edit = torch.rand(2, config.layers, generator=generator)
+    state = _staggered_state(model, edit, generator)
+    state = {
+        name: tensor.float().double() if tensor.is_floating_point() else tensor
+        for name, tensor in state.items()
+    }
+    tokens = _longest_unit(config) + 2
+    ids = torch.randint(config.vocab_size, (2, tokens), generator=generator)
+    targets = torch.randint(-1, config.vocab_size, (2, tokens), generator=generator)
+    inputs = {"input_ids": ids.numpy(), "target_ids": targets.numpy(), "edit": edit.numpy()}
+    inputs |= {f"past.{name}": _single(tensor) for name, tensor in state.items() if name != "readout"}
+    state |= {"readout": torch.zeros(2, config.readout_height, config.vocab_size, dtype=torch.float64)}
+    arrays: Arrays = {}
+    for objective, found in (
+        ("prediction", prediction(model, ids, targets, edit.double(), state)),
+        ("association", association(model, ids, edit.double(), state)),
+    ):
+        prefix = f"gradient.gradient.{objective}.0"
+        arrays |= {f"{prefix}.input.{name}": array for name, array in inputs.items()}
+        arrays |= {f"{prefix}.output.{name}": _single(tensor) for name, tensor in found.items()}
+    return arrays

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from safetensors.numpy import save as save_arrays
 
+from titans_converters.gradients import gradient_graphs
 from titans_converters.onnx.files import write_models
 from titans_converters.onnx.function import OPSET
 from titans_converters.onnx.trace import trace
@@ -19,7 +21,7 @@ from titans_converters.torchscript import write_torchscript
 from titans_export.exportable import Exportable, load_exportable
 from titans_export.training.checkpoint import round_to_half
 from titans_runtime import bundle as bundles
-from titans_runtime.editor import Editor
+from titans_runtime.editor import OBJECTIVES, Editor
 from titans_runtime.errors import BundleError, DataError, UsageError
 from titans_runtime.files import folder_beside, replace_folder, write_atomically
 from titans_runtime.verify import VerificationReport, verify
@@ -68,8 +70,9 @@ def export_bundle(
     with folder_beside(bundle) as work:
         report("tracing the model and its gradient")
         programs, recurrences = model.programs(), model.recurrences()
-        graphs = {program.name: trace(program, recurrences) for program in programs}
-        files = [*write_models(graphs, work, weights), *_write_learned_state(model, work)]
+        traced = {program.name: trace(program, recurrences) for program in programs}
+        gradients = gradient_graphs(traced["model"], editable_memories(model))
+        files = [*write_models(traced | gradients, work, weights), *_write_learned_state(model, work)]
         twins = {}
         for name in formats:
             report(f"writing {name}")
@@ -77,8 +80,9 @@ def export_bundle(
             files += twins[name].values()
         report("running the reference for the goldens")
         write_atomically(work / bundles.GOLDENS_NAME, save_arrays(model.goldens()))
+        files.append(bundles.GOLDENS_NAME)
         bundles.write_manifest(
-            work, _manifest(model, programs, work, [*files, bundles.GOLDENS_NAME], editing, weights, twins)
+            work, _manifest(model, programs, gradients, work, files, editing, weights, twins)
         )
         report("replaying the goldens in ONNX Runtime")
         result = verify(work)
@@ -104,8 +108,9 @@ def read_editing(checkpoint: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         edit, editor = float(content["edit"]), content["editor"]
-        if editor is not None:
-            Editor.from_dict(editor)
+        for part in Editor.from_dict(editor).parts if editor is not None else ():
+            if part.objective not in OBJECTIVES:
+                raise UsageError(f"editor objective {part.objective!r}; known: {', '.join(OBJECTIVES)}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: expected the fields edit and editor ({error!r})") from None
     except UsageError as error:
@@ -127,6 +132,7 @@ def _write_learned_state(model: Exportable, folder: Path) -> list[str]:
 def _manifest(
     model: Exportable,
     programs: list[Program],
+    gradients: Mapping[str, ir.Model],
     folder: Path,
     files: list[str],
     editing: dict[str, Any],
@@ -144,12 +150,39 @@ def _manifest(
         tokenizer=facts.tokenizer,
         vocab_size=facts.vocab_size,
         edit_layers=facts.edit_layers,
-        graphs={program.name: _graph(program, twins) for program in programs},
+        graphs={program.name: _graph(program, twins) for program in programs}
+        | {name: _gradient_graph(name, graph) for name, graph in gradients.items()},
         state=_state(model),
         tolerances={"atol": _TOLERANCE, "rtol": _TOLERANCE},
         recommended=editing,
         files={name: bundles.file_entry(folder / name) for name in files},
     )
+
+
+def editable_memories(model: Exportable) -> list[str]:
+    """State entries that gradients are taken by; the readout memory has a graph of its own."""
+    return [name for name, entry in model.state().items() if entry.role == "memory" and name != "readout"]
+
+
+def _gradient_graph(name: str, model: ir.Model) -> bundles.GraphSpec:
+    def tensors(values: Iterable[ir.Value]) -> tuple[bundles.TensorSpec, ...]:
+        return tuple(
+            bundles.TensorSpec(
+                str(value.name),
+                _ELEMENTS[value.dtype or ir.DataType.FLOAT],
+                tuple(_axis(axis) for axis in value.shape or ()),
+            )
+            for value in values
+        )
+
+    return bundles.GraphSpec(f"{name}.onnx", tensors(model.graph.inputs), tensors(model.graph.outputs))
+
+
+_ELEMENTS = {ir.DataType.FLOAT: "float32", ir.DataType.INT64: "int64"}
+
+
+def _axis(axis: int | ir.SymbolicDim) -> int | str:
+    return axis if isinstance(axis, int) else str(axis.value)
 
 
 def _graph(program: Program, twins: dict[str, dict[str, str]]) -> bundles.GraphSpec:

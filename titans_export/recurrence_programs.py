@@ -12,12 +12,17 @@ from titans_converters.program import Axes, Program, RecurrenceProgram
 from titans_export.config import ModelConfig
 from titans_export.memory import token_loop
 from titans_export.memory.parts import TILE_PARTS, cut_from_start, tile_parts, tile_step
+from titans_export.memory.segment import SegmentMemory
+from titans_export.memory.tiles import TokenInputs
 from titans_export.memory_layer import Rules
 from titans_export.model import TitansModel
 from titans_export.recurrence import Core, Tensors, align, from_tiles, into_tiles, run_core
 
 # Example sizes for tracing: unlike each other and unlike any fixed size of a sensible model.
 _BATCH, _TOKENS, _TILES = 11, 37, 13
+
+REVEALED = "revealed"
+"""Output of a recurrence that derives the memory's inputs within itself, for gradient graphs."""
 
 
 def recurrence_programs(model: TitansModel) -> list[RecurrenceProgram]:
@@ -112,6 +117,11 @@ class _Parts:
         self.dtypes = {"position": torch.int64, "live": torch.bool}
         for side in ("past", "present"):
             self.dtypes |= {f"{side}_{i}": x.dtype for i, x in enumerate(carry)}
+        self.outputs: dict[str, Axes] = {"output": self.output}
+        if isinstance(core, SegmentMemory):  # the others are given key, value and gates from outside
+            batch, heads, count, dim = self.output
+            gates = 3 if core.form.momentum else 2
+            self.outputs |= {REVEALED: (batch, heads, count, 2 * int(dim) + gates)}
 
     def program(self) -> RecurrenceProgram:
         return RecurrenceProgram(
@@ -125,16 +135,25 @@ class _Parts:
             tiles=self._tiles(),
             step=self._step(),
             rows=self._rows(),
+            revealed=REVEALED if REVEALED in self.outputs else None,
         )
 
     def _one(self) -> Program:
         def one(*inputs: Tensor) -> Tensors:
             position, tokens, carry, shared = self._unpack(inputs)
-            output, present = self.core.one(tokens, position % self.core.tile, carry, shared)
+            place = position % self.core.tile
+            if isinstance(self.core, SegmentMemory):
+                return _revealing(*self.core.one_and_inputs(tokens, place, carry, shared))
+            output, present = self.core.one(tokens, place, carry, shared)
             return output, *present
 
         tokens = {name: _with(axes, tokens=1) for name, axes in self.tokens.items()}
-        return self._program("one", one, tokens, {"output": _with(self.output, tokens=1)} | self.present)
+        outputs = {name: _with(axes, tokens=1) for name, axes in self._ordered().items()}
+        return self._program("one", one, tokens, outputs)
+
+    def _ordered(self) -> dict[str, Axes]:
+        """Axes of the outputs: the read, the state, what is revealed."""
+        return {"output": self.output} | self.present | self.outputs
 
     def _tiles(self) -> Program:
         def tiles(*inputs: Tensor) -> Tensors:
@@ -150,24 +169,27 @@ class _Parts:
         def step(*inputs: Tensor) -> Tensors:
             live, *rest = inputs
             _, tokens, carry, shared = self._unpack((live, *rest))
+            if isinstance(self.core, SegmentMemory):
+                return _revealing(*self.core.step_and_inputs(tokens, live, carry, shared))
             output, present = self.core.step(tokens, live, carry, shared)
             return output, *present
 
         tokens = {name: self._tile(axes) for name, axes in self.tokens.items()}
-        outputs = {"output": self._tile(self.output)} | self.present
+        outputs = {name: self._tile(axes) for name, axes in self._ordered().items()}
         axes: dict[str, Axes] = {"live": ("batch", self.core.tile), **tokens, **self.carry, **self.shared}
         return self._of("step", step, axes, outputs)
 
     def _rows(self) -> Program:
-        def rows(tiles: Tensor, position: Tensor, like: Tensor) -> Tensors:
-            return (from_tiles(tiles, align(position, like.shape[2], self.core.tile)),)
+        def rows(*inputs: Tensor) -> Tensors:
+            *tiles, position, like = inputs
+            cut = align(position, like.shape[2], self.core.tile)
+            return tuple(from_tiles(x, cut) for x in tiles)
 
         axes: dict[str, Axes] = {
-            "tiles": ("tiles", *self._tile(self.output)),
-            "position": ("batch",),
-            "token_0": self.tokens["token_0"],
+            f"tiles.{name}": ("tiles", *self._tile(shape)) for name, shape in self.outputs.items()
         }
-        return self._of("rows", rows, axes, {"output": self.output})
+        axes |= {"position": ("batch",), "token_0": self.tokens["token_0"]}
+        return self._of("rows", rows, axes, self.outputs)
 
     def _tile(self, axes: Axes) -> Axes:
         return _with(axes, tokens=self.core.tile)
@@ -195,6 +217,12 @@ class _Parts:
         }
         full_name = f"{self.core.name}.{name}"
         return Program(full_name, _Function(function), inputs, axes, outputs, self.dtypes)
+
+
+def _revealing(output: Tensor, present: Tensors, inputs: TokenInputs) -> Tensors:
+    """The read, the state, and ``[key | value | log retention | step | log momentum]``."""
+    gates = [x[..., None] for x in (inputs.log_retention, inputs.step, inputs.log_momentum) if x is not None]
+    return output, *present, torch.cat([inputs.key, inputs.value, *gates], dim=-1)
 
 
 class _Function(nn.Module):

@@ -9,7 +9,8 @@ logits = session.append(b"import ")
 
 from __future__ import annotations
 
-from titans_runtime.editor import Editor, EditReport
+from titans_runtime.compare import Difference, compare
+from titans_runtime.editor import Editor
 from titans_runtime.errors import (
     BundleError,
     CheckFailed,
@@ -21,6 +22,7 @@ from titans_runtime.errors import (
     TokenError,
     UsageError,
 )
+from titans_runtime.report import EditLog, EditReport, Lesson
 from titans_runtime.scoring import Score, score
 from titans_runtime.session import Model, Session, load
 from titans_runtime.state import Snapshot
@@ -32,9 +34,12 @@ __all__ = [
     "BundleError",
     "CheckFailed",
     "DataError",
+    "Difference",
+    "EditLog",
     "EditReport",
     "Editor",
     "EnvironmentProblem",
+    "Lesson",
     "Model",
     "NumericsError",
     "Score",
@@ -45,6 +50,7 @@ __all__ = [
     "TokenError",
     "UsageError",
     "VerificationReport",
+    "compare",
     "load",
     "score",
     "verify",

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from titans_runtime.backends import Array, Arrays, Call
-from titans_runtime.editor import EditReport
 from titans_runtime.errors import UsageError
 from titans_runtime.readout import Keys
+from titans_runtime.report import EditReport
 from titans_runtime.session import SEGMENT, empty_sequence
 from titans_runtime.tokens import Tokens, checked_input
 
@@ -106,8 +106,9 @@ class Batch:
         shared = min(len(one) for one in ids)
         self._align()
         with contextlib.ExitStack() as transactions:
+            rewritten = any(session._editing.memories for session in self._sessions)
             for session, one in zip(self._sessions, ids, strict=True):
-                runs = _segments(shared) + _segments(len(one) - shared)
+                runs = 2 if rewritten else _segments(shared) + _segments(len(one) - shared)
                 transactions.enter_context(session._transaction(len(one), runs=runs))
             return self._advance(ids, shared)
 
@@ -115,13 +116,13 @@ class Batch:
         logits = [np.empty((len(one), self._model.manifest.width), np.float32) for one in ids]
         reports = [EditReport(tokens=len(one)) for one in ids]
         began = [session.position for session in self._sessions]
-        for start in range(0, shared, SEGMENT):
-            part = slice(start, min(start + SEGMENT, shared))
+        start = 0
+        while start < shared:
+            part = slice(start, start + min(session._most(shared - start) for session in self._sessions))
             self._run_segment([one[part] for one in ids], [one[part] for one in logits], reports)
+            start = part.stop
         for session, one, scored, report in zip(self._sessions, ids, logits, reports, strict=True):
-            for start in range(shared, len(one), SEGMENT):
-                part = slice(start, start + SEGMENT)
-                session._run_segment(one[part], scored[part], teach=True, report=report)
+            session._run_segments(one[shared:], scored[shared:], teach=True, report=report)
         for session, scored, position, report in zip(self._sessions, logits, began, reports, strict=True):
             session._conclude(scored, position, report)
         return logits
@@ -158,7 +159,7 @@ class Batch:
         logits = np.empty((count, tokens, model.manifest.width), np.float32)
         outputs: Arrays = {model.manifest.scores.name: logits}
         keys: list[Keys] = []
-        if any(session._readout for session in self._sessions):
+        if any(session._editing.readout for session in self._sessions):
             width, contexts = self._sessions[0]._key_shape
             dense = np.empty((count, tokens, width), np.float32)
             rows = np.empty((count, tokens, contexts), np.int64)

@@ -60,7 +60,7 @@ class StateBuffers:
             sets: for the entries that the model changes, by name.
             kept: for all others, the readout memory among them.
         """
-        self._copy((sets[0][name], array) for name, array in self._now.items())
+        self._copy((sets[0][name], array) for name, array in self.present.items())
         self._copy((kept[name], array) for name, array in self.fixed.items())
         self._sets, self.side, self._held = sets, 0, 0
         self._kept = {name: kept[name] for name in self._kept}
@@ -70,7 +70,7 @@ class StateBuffers:
 
     def cross_over(self) -> None:
         """Let the state stand in the other set."""
-        self._copy((self.spare[name], array) for name, array in self._now.items())
+        self._copy((self.spare[name], array) for name, array in self.present.items())
         self.swap()
 
     @property
@@ -81,11 +81,11 @@ class StateBuffers:
     @property
     def past(self) -> Arrays:
         """Every entry as it stands, for graphs; to read them, see :meth:`read`."""
-        return self._now | self.fixed
+        return self.present | self.fixed
 
     def read(self) -> Arrays:
         """Every entry as it stands, for the host to read."""
-        self._residence.fetch(self._now.values())
+        self._residence.fetch(self.present.values())
         return self.past
 
     @property
@@ -110,7 +110,7 @@ class StateBuffers:
         """
         if self._residence is not ON_HOST:
             return None
-        for name, array in self._now.items():
+        for name, array in self.present.items():
             if array.dtype.kind == "f" and not _is_finite(array.reshape(-1)):
                 return name
         return None
@@ -129,21 +129,22 @@ class StateBuffers:
         """Remember the state as it stands; the model will run ``runs`` times on it."""
         self._held = self.side
         # The second run writes where the first one has read.
-        self._copies = self._copies_now() if runs > 1 else None
+        self._copies = self.copies() if runs > 1 else None
         for rows, _ in self._put_aside:
             self._is_put_aside[rows] = False
         self._put_aside.clear()
 
-    def _copies_now(self) -> Arrays:
-        self._residence.fetch(self._now.values())
-        return {name: array.copy() for name, array in self._now.items()}
+    def copies(self) -> Arrays:
+        """Copies of the entries that the model changes, as they stand."""
+        self._residence.fetch(self.present.values())
+        return {name: array.copy() for name, array in self.present.items()}
 
     def rewind(self) -> None:
         """Return to the state that :meth:`hold` saw."""
         self.side = self._held
         copies = self._copies
         if copies is not None:
-            self._copy((array, copies[name]) for name, array in self._now.items())
+            self._copy((array, copies[name]) for name, array in self.present.items())
         for rows, content in self._put_aside:
             self.readout[0, rows] = content
         self._residence.changed([] if self._readout is None else [self._readout])
@@ -155,6 +156,10 @@ class StateBuffers:
             self.edit_readout(np.arange(self._readout.shape[1]))[:] = arrays[f"state.{_READOUT}"][0]
         self.side = 1 - self.side
 
+    def overwrite(self, arrays: Arrays) -> None:
+        """Take values for entries that the model changes, as they stand now."""
+        self._copy((self.present[name], array) for name, array in arrays.items())
+
     def _copy(self, pairs: Iterable[tuple[Array, Array]]) -> None:
         """Copy each second array into the first."""
         for target, source in pairs:
@@ -163,7 +168,7 @@ class StateBuffers:
             self._residence.changed((target,))
 
     @property
-    def _now(self) -> Arrays:
+    def present(self) -> Arrays:
         """The entries that the model changes, as they stand."""
         return self._sets[self.side]
 

@@ -106,8 +106,11 @@ def _add_verify(commands: Subparsers) -> None:
 
 
 def _add_inspect(commands: Subparsers) -> None:
-    parser = commands.add_parser("inspect", help="describe a bundle or a memory file; loads no weights")
+    parser = commands.add_parser(
+        "inspect", help="describe a bundle or a memory file, or compare two memories; loads no weights"
+    )
     parser.add_argument("path", type=Path, metavar="BUNDLE|MEMORY")
+    parser.add_argument("other", type=Path, nargs="?", default=None, metavar="MEMORY", help="to compare with")
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(handler=_lazily("inspect"))
 
@@ -119,6 +122,12 @@ def _add_run(commands: Subparsers) -> None:
     _add_editing(parser)
     _add_machine(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--report", type=Path, default=None, metavar="PAGE.html", help="write what editing did as a page"
+    )
+    parser.add_argument(
+        "--log", type=Path, default=None, metavar="FILE", help="write every lesson as a line of JSON"
+    )
     parser.set_defaults(handler=_lazily("run"))
 
 

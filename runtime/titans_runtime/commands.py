@@ -8,16 +8,22 @@ import json
 import math
 import shlex
 import sys
+from collections.abc import Iterable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from titans_runtime import scoring
 from titans_runtime.bundle import MANIFEST_NAME, open_bundle
+from titans_runtime.compare import compare
 from titans_runtime.editor import Editor
 from titans_runtime.errors import DataError, UsageError
+from titans_runtime.files import write_atomically
+from titans_runtime.page import Page, facts_of
 from titans_runtime.progress import progress_bar
+from titans_runtime.report import EditLog
 from titans_runtime.session import RECOMMENDED, SEGMENT, Session, load
-from titans_runtime.state import describe_snapshot
+from titans_runtime.state import describe_snapshot, read_snapshot
 from titans_runtime.verify import verify as verify_bundle
 
 
@@ -37,7 +43,9 @@ def verify(args: argparse.Namespace) -> int:
 
 
 def inspect(args: argparse.Namespace) -> int:
-    """Describe a bundle or a memory file."""
+    """Describe a bundle or a memory file, or compare two memory files."""
+    if args.other is not None:
+        return _compare(args)
     if args.path.is_dir():
         _print_fields(_bundle_fields(args.path), args.json)
     elif args.path.name == MANIFEST_NAME:
@@ -47,15 +55,33 @@ def inspect(args: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(args: argparse.Namespace) -> int:
+    differences = compare(read_snapshot(args.path), read_snapshot(args.other))
+    if args.json:
+        print(json.dumps([asdict(one) | {"relative": one.relative} for one in differences]))
+        return 0
+    width = max(len(one.name) for one in differences)
+    print(f"{'tensor':<{width}}  {'norm':>11}  {'norm':>11}  {'distance':>11}  relative  changed")
+    for one in differences:
+        first, second = one.norms
+        print(
+            f"{one.name:<{width}}  {first:>11.4g}  {second:>11.4g}  {one.distance:>11.4g}  "
+            f"{one.relative:>8.3f}  {100 * one.changed:>6.1f}%"
+        )
+    return 0
+
+
 def run(args: argparse.Namespace) -> int:
     """Score a file."""
     text = _read(args.file)
+    for option, path in (("--report", args.report), ("--log", args.log)):
+        if path is not None and not path.parent.is_dir():
+            raise UsageError(f"{option} {path}: no such folder {path.parent}")
     session = _open_session(args)
     _require_bytes(session, "run")
-    starts = progress_bar(
-        scoring.segment_starts(len(text)), "scoring", unit="B", scale=min(len(text), SEGMENT)
-    )
-    score = scoring.score(session, text, starts)
+    session.log = EditLog()
+    unedited = _unedited(session) if args.report else None
+    score = scoring.score(session, text, _bar(text, "scoring"))
     if args.state_out:
         session.save(args.state_out)
     fields = {
@@ -68,8 +94,31 @@ def run(args: argparse.Namespace) -> int:
         "position": session.position,
         "bundle": session.model.manifest.identity,
     }
+    if args.log:
+        session.log.save(args.log)
+    if unedited is not None:
+        off = scoring.score(unedited, text, _bar(text, "scoring without editing"))
+        facts = facts_of(fields, off.bits_per_token, score.bits_per_token)
+        name = "standard input" if args.file == "-" else Path(args.file).name
+        page = Page(name, text, score.bits, off.bits, session.log.lessons, facts)
+        write_atomically(args.report, page.render().encode("utf-8", "replace"))
     _print_fields(fields, args.json)
     return 0
+
+
+def _bar(text: bytes, label: str) -> Iterable[int]:
+    starts = scoring.segment_starts(len(text))
+    return progress_bar(starts, label, unit="B", scale=min(len(text), SEGMENT))
+
+
+def _unedited(session: Session) -> Session:
+    """A session that goes on from the same state, and edits nothing."""
+    plain = session.model.session(edit=0.0, editor=None)
+    if session.position:
+        state = session.snapshot()
+        arrays = {name: array for name, array in state.arrays.items() if name.startswith(("state.", "last_"))}
+        plain.restore(replace(state, arrays=arrays, edit=plain.edit, editor=None))
+    return plain
 
 
 def generate(args: argparse.Namespace) -> int:

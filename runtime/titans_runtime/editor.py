@@ -2,52 +2,156 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+import dataclasses
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
 
 from titans_runtime.errors import UsageError
 
-OBJECTIVES = ("readout",)
-OPTIMIZERS = ("sgd", "adagrad")
+if TYPE_CHECKING:
+    from titans_runtime.manifest import Manifest
+
+OPTIMIZERS = ("sgd", "adagrad", "titans", "adam", "muon")
+OBJECTIVES = ("readout", "prediction", "association")
+"""Objectives of this project's models; a bundle may bring others, as graphs ``gradient.<objective>``."""
+
 MAX_CHUNK = 1024
-_NUMBERS: dict[str, type[int] | type[float]] = {"chunk": int, "step": float}
 MAX_STEP = 1e6  # far beyond any use, and far from where float32 ends
+_MAX_STEPS = 1000
+READOUT_OPTIMIZERS = ("sgd", "adagrad")
+_DECAYS = {
+    "sgd": ("momentum", "retention"),
+    "adagrad": ("retention",),
+    "titans": ("momentum", "retention", "floor"),
+    "adam": ("momentum", "retention"),
+    "muon": ("momentum", "retention"),
+}
+"""Settings that an optimizer has besides its step."""
 
 
 @dataclass(frozen=True)
 class Editor:
-    """How a session edits its memory from the tokens that it sees.
+    """How a session edits its memory from the tokens that it sees: objective, optimizer and policy.
 
     Attributes:
-        objective: ``readout`` edits the memory on the logits by the next-token loss.
-        step: step size ``θ`` on the summed loss of a chunk.
-        optimizer: ``sgd`` is plain gradient descent. ``adagrad`` divides each row's step by
-            ``√(1 + Σ ‖its gradients‖²)``, so rows that were written often move less (Duchi et al.
-            2011, with one sum a row, as is usual for embedding tables).
+        objective: ``readout`` edits the memory on the logits by the next-token loss; ``prediction`` the
+            memories of all layers by the same loss through the whole network; ``association`` each
+            layer's memory by ``½ ‖f_M(k) - v‖²``.
+        step: step size ``θ`` on the summed loss of a chunk; for ``titans``, a factor on the model's own.
         chunk: gradient period, in tokens: all gradients of a chunk are taken at the memory as it
             stood when the chunk began.
+        optimizer: ``sgd`` is plain gradient descent. ``adagrad`` divides the step by
+            ``√(1 + Σ g²)``; on the readout memory with one sum a row, so that rows that were written
+            often move less (Duchi et al. 2011). ``titans`` is the memory's own rule with the model's own
+            gates; ``adam`` and ``muon`` are what they are elsewhere.
+        momentum: in place of the optimizer's own, or of the model's gate.
+        retention: what a step keeps of the memory, likewise.
+        floor: least retention of a ``titans`` step.
+        steps: steps on every chunk.
+        memories: patterns, as ``layers.0.*``, of the memories to edit; empty for all.
+        threshold: mean loss of a token, in nats, below which a chunk is not learnt from.
+        clip: largest norm of a step's gradient; longer ones are shortened. 0 for no limit.
+        budget: milliseconds of editing in one call, after which chunks are no longer learnt from;
+            0 for no limit. What is learnt then depends on the machine.
+        rollback: whether a step is taken back that is not finite or leaves its own chunk's loss higher.
+            Costs one more evaluation a step.
+        replace: whether the step takes the place of what the model itself writes during the chunk;
+            otherwise it moves the memory as it came in, and the chunk is run again over that.
+        also: a second editor that works beside this one: one of the two edits ``readout``, the other the
+            layers' memories.
     """
 
     objective: str = "readout"
     step: float = 1.0
     chunk: int = 4
     optimizer: str = "sgd"
+    momentum: float | None = None
+    retention: float | None = None
+    floor: float = 0.0
+    steps: int = 1
+    memories: tuple[str, ...] = ()
+    threshold: float = 0.0
+    clip: float = 0.0
+    budget: float = 0.0
+    rollback: bool = False
+    replace: bool = False
+    also: Editor | None = None
 
     def __post_init__(self) -> None:
         """Check the ranges.
 
         Raises:
-            UsageError: an unknown objective, or a value outside its range.
+            UsageError: a malformed objective, or a value outside its range.
         """
-        if self.objective not in OBJECTIVES:
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", str(self.objective)):
             raise UsageError(f"editor objective {self.objective!r}; known: {', '.join(OBJECTIVES)}")
         if self.optimizer not in OPTIMIZERS:
             raise UsageError(f"editor optimizer {self.optimizer!r}; known: {', '.join(OPTIMIZERS)}")
-        if type(self.step) not in (int, float) or not 0 <= self.step <= MAX_STEP:
-            raise UsageError(f"editor step is {self.step}; it must be a number from 0 to {MAX_STEP:g}")
-        if not (type(self.chunk) is int and 1 <= self.chunk <= MAX_CHUNK):
-            raise UsageError(f"editor chunk is {self.chunk}; it must be an integer from 1 to {MAX_CHUNK}")
+        self._check_numbers()
+        names: object = self.memories
+        if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+            raise UsageError(f"editor memories is {self.memories!r}; give a tuple of names or patterns")
+        for name in ("rollback", "replace"):
+            if type(getattr(self, name)) is not bool:
+                raise UsageError(f"editor {name} is {getattr(self, name)!r}; it must be true or false")
+        for name in ("momentum", "retention", "floor"):
+            if getattr(self, name) not in (None, 0.0) and name not in _DECAYS[self.optimizer]:
+                raise UsageError(f"editor {name}: the optimizer {self.optimizer} has none")
+        if self.is_readout:
+            self._check_readout()
+        self._check_second()
+
+    def _check_numbers(self) -> None:
+        ranges = {
+            "step": (0, MAX_STEP),
+            "threshold": (0, MAX_STEP),
+            "clip": (0, MAX_STEP),
+            "budget": (0, MAX_STEP),
+            "momentum": (0, 1),
+            "retention": (0, 1),
+            "floor": (0, 1),
+        }
+        for name, (least, most) in ranges.items():
+            value = getattr(self, name)
+            if value is None and name in ("momentum", "retention"):
+                continue
+            if type(value) not in (int, float) or not least <= value <= most:
+                raise UsageError(f"editor {name} is {value}; it must be a number from {least} to {most:g}")
+        for name, most in (("chunk", MAX_CHUNK), ("steps", _MAX_STEPS)):
+            value = getattr(self, name)
+            if not (type(value) is int and 1 <= value <= most):
+                raise UsageError(f"editor {name} is {value}; it must be an integer from 1 to {most}")
+
+    def _check_readout(self) -> None:
+        if self.optimizer not in READOUT_OPTIMIZERS:
+            raise UsageError(
+                f"editor optimizer {self.optimizer!r}: the objective readout has sgd and adagrad"
+            )
+        for name in ("momentum", "retention", "memories", "replace"):
+            if getattr(self, name):
+                raise UsageError(f"editor {name}: the objective readout has none")
+
+    def _check_second(self) -> None:
+        second = self.also
+        if second is None:
+            return
+        if second.also is not None:
+            raise UsageError(f"editor also is {second!r}; give one editor without a third")
+        if second.is_readout == self.is_readout:
+            raise UsageError("editor also: one of the two edits readout, the other the layers' memories")
+
+    @property
+    def is_readout(self) -> bool:
+        """Whether the memory on the logits is edited; otherwise those of the layers."""
+        return self.objective == "readout"
+
+    @property
+    def parts(self) -> tuple[Editor, ...]:
+        """This editor by itself, and the one beside it."""
+        return (self,) if self.also is None else (dataclasses.replace(self, also=None), self.also)
 
     @property
     def graph(self) -> str:
@@ -55,8 +159,20 @@ class Editor:
         return f"gradient.{self.objective}"
 
     def to_dict(self) -> dict[str, Any]:
-        """The editor as plain JSON types, as manifests and memory files keep it."""
-        return asdict(self)
+        """The editor as plain JSON types, as manifests and memory files keep it.
+
+        Settings that an editor may do without are left out where they have their defaults.
+        """
+        content = {
+            item.name: getattr(self, item.name)
+            for item in fields(self)
+            if item.name in _ALWAYS or getattr(self, item.name) != item.default
+        }
+        if self.memories:
+            content["memories"] = list(self.memories)
+        if self.also is not None:
+            content["also"] = self.also.to_dict()
+        return content
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Editor:
@@ -69,53 +185,84 @@ class Editor:
         for name in content:
             if name not in known:
                 raise UsageError(f"editor field {name!r} is unknown; known: {', '.join(known)}")
+        content = dict(content)
+        if isinstance(content.get("memories"), list):
+            content["memories"] = tuple(content["memories"])
+        if content.get("also") is not None:
+            if not isinstance(content["also"], dict):
+                raise UsageError(f"editor also is {content['also']!r}; it must be an object")
+            content["also"] = cls.from_dict(content["also"])
         return cls(**content)
 
     @classmethod
     def parse(cls, text: str) -> Editor:
-        """Read ``OBJECTIVE[:NAME=VALUE,…]``, for example ``readout:step=1,chunk=4``.
+        """Read ``OBJECTIVE[:NAME=VALUE,…]``, or two of them joined by ``+``.
+
+        For example ``readout:step=1,chunk=4``, or ``readout+prediction:optimizer=adam,memories=layers.0.*``.
+        Several patterns of memories are joined by ``|``.
 
         Raises:
             UsageError: the text is malformed; the message names the part.
         """
-        objective, _, settings = text.partition(":")
-        content: dict[str, Any] = {"objective": objective}
-        for setting in filter(None, settings.split(",")):
-            name, equals, value = setting.partition("=")
-            if name in content:
-                raise UsageError(f"--editor {text}: {name} is given twice")
-            try:
-                content[name] = value if name == "optimizer" else _NUMBERS.get(name, float)(value)
-            except ValueError:
-                equals = ""
-            if not equals:
-                raise UsageError(f"--editor {text}: {setting!r} is not NAME=VALUE (step, chunk, optimizer)")
-        return cls.from_dict(content)
+        first, *rest = (_parsed(cls, part, text) for part in re.split(r"\+(?=[a-z])", text))
+        if len(rest) > 1:
+            raise UsageError(f"--editor {text}: two editors at most")
+        return dataclasses.replace(first, also=rest[0]) if rest else first
 
 
-@dataclass
-class EditReport:
-    """What one call learnt.
+_ALWAYS = ("objective", "step", "chunk", "optimizer")
+_READERS: dict[str, Callable[[str], Any]] = {
+    "optimizer": str,
+    "chunk": int,
+    "steps": int,
+    "memories": lambda text: tuple(text.split("|")),
+    "rollback": lambda text: {"true": True, "false": False}[text],
+    "replace": lambda text: {"true": True, "false": False}[text],
+}
+_SETTINGS = tuple(item.name for item in fields(Editor) if item.name not in ("objective", "also"))
 
-    Attributes:
-        tokens: tokens that the call was given.
-        loss: mean loss in nats over the tokens that were learnt from, as predicted before the
-            memory saw them; NaN where none was.
-        surprise: that loss for each of them, in stream order.
-        gradient_norm: norm of the gradient of each update.
-        updates: updates applied.
-        skipped: chunks that taught nothing, their targets being the model's own samples.
-        seconds: time spent in gradient graph and update.
+
+def _parsed(cls: type[Editor], part: str, text: str) -> Editor:
+    objective, _, settings = part.partition(":")
+    content: dict[str, Any] = {"objective": objective}
+    for setting in filter(None, settings.split(",")):
+        name, equals, value = setting.partition("=")
+        if name in content:
+            raise UsageError(f"--editor {text}: {name} is given twice")
+        try:
+            content[name] = _READERS.get(name, float)(value)
+        except (ValueError, KeyError):
+            equals = ""
+        if not equals:
+            raise UsageError(f"--editor {text}: {setting!r} is not NAME=VALUE ({', '.join(_SETTINGS)})")
+    return cls.from_dict(content)
+
+
+def decays(editor: Editor) -> dict[str, float]:
+    """Settings of an editor's optimizer, besides its step, that are not left to it."""
+    given = {"momentum": editor.momentum, "retention": editor.retention, "floor": editor.floor or None}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def chosen_memories(editor: Editor, manifest: Manifest) -> tuple[str, ...]:
+    """Names of the memories that an editor edits: those its graph differentiates by and its patterns fit.
+
+    Raises:
+        UsageError: there is no such graph, a pattern fits none, or it has no gradients.
     """
-
-    tokens: int = 0
-    surprise: list[float] = field(default_factory=list)
-    gradient_norm: list[float] = field(default_factory=list)
-    updates: int = 0
-    skipped: int = 0
-    seconds: float = 0.0
-
-    @property
-    def loss(self) -> float:
-        """Mean of ``surprise``."""
-        return sum(self.surprise) / len(self.surprise) if self.surprise else math.nan
+    if editor.graph not in manifest.graphs:
+        known = [name.removeprefix("gradient.") for name in manifest.graphs if name.startswith("gradient.")]
+        raise UsageError(
+            f"the bundle cannot be edited by {editor.objective!r}; known: {', '.join(known) or 'nothing'}"
+        )
+    outputs = [tensor.name for tensor in manifest.graphs[editor.graph].outputs]
+    found = [name.removeprefix("grad.") for name in outputs if name.startswith("grad.")]
+    for pattern in editor.memories:
+        if not any(fnmatchcase(name, pattern) for name in found):
+            raise UsageError(f"editor memories: {pattern!r} fits none of {', '.join(found)}")
+    chosen = tuple(
+        name for name in found if not editor.memories or any(fnmatchcase(name, p) for p in editor.memories)
+    )
+    if not chosen:
+        raise UsageError(f"the bundle's graph {editor.graph} has no gradients")
+    return chosen

@@ -22,13 +22,15 @@ import numpy as np
 
 from titans_runtime.backends import Array, Arrays, Backend
 from titans_runtime.buffers import StateBuffers
-from titans_runtime.editor import Editor, EditReport
+from titans_runtime.editor import Editor
 from titans_runtime.errors import NumericsError
+from titans_runtime.report import EditReport, Lesson
 from titans_runtime.state import ENERGY
 
 UNKNOWN = -1
 """Target of a position whose next token has not come, or must not be learnt from."""
 
+_READOUT = "readout"
 _LARGEST_UPDATE = 1e30
 """Norm of an update beyond which sums of updates might leave float32."""
 
@@ -130,7 +132,7 @@ class ReadoutEditor:
             return
         self._targets[0, self.count - 1] = token if teach else UNKNOWN
         if position % self.editor.chunk == 0:
-            self._learn(report)
+            self._learn(position, report)
 
     def hold(self, ids: Array, keys: Keys, logits: Array, teach: bool = True) -> None:
         """Keep positions of the current period until their targets are known.
@@ -166,29 +168,27 @@ class ReadoutEditor:
         chunk, start = self.editor.chunk, self.room(position)
         self.hold(ids[:start], keys.part(slice(start)), logits[:start])
         self._targets[0, self.count - 1] = ids[start]
-        self._learn(report, streaming=True)
+        self._learn(position + start, report, streaming=True)
         while start + chunk < len(ids):
             rows = slice(start, start + chunk)
             self.hold(ids[rows], keys.part(rows), logits[rows])
             self._targets[0, -1] = ids[start + chunk]
-            self._learn(report, streaming=True)
+            self._learn(position + start + chunk, report, streaming=True)
             logits[rows] = self._logits[0]
             start += chunk
         rest = keys.part(slice(start, None))
         self._score(rest, logits[start:])
         self.hold(ids[start:], rest, logits[start:])
         if self._changed:
-            rows_changed = np.unique(np.concatenate(self._changed))
-            self._buffers.edit_readout(rows_changed)[rows_changed] += self._change[0, rows_changed]
-        self._forget_change()
+            self._settle()
 
-    def hand_over(self, token: int, report: EditReport) -> None:
+    def hand_over(self, token: int, position: int, report: EditReport) -> None:
         """Learn from all pending positions, whose last target is ``token``: another editor takes over."""
         if self.count:
             self._targets[0, self.count - 1] = token
-            self._learn(report)
+            self._learn(position, report)
 
-    def finish(self, report: EditReport) -> Arrays:
+    def finish(self, position: int, report: EditReport) -> Arrays:
         """Learn from the pending positions whose targets are known.
 
         Returns:
@@ -196,7 +196,7 @@ class ReadoutEditor:
         """
         pending = self.export()
         if self.count > 1:
-            self._learn(report)
+            self._learn(position, report)
         self.count = 0
         return {name: array[-1:] for name, array in pending.items()}
 
@@ -242,44 +242,92 @@ class ReadoutEditor:
         if self.count:
             self._targets[0, self.count - 1] = UNKNOWN
 
-    def _learn(self, report: EditReport, streaming: bool = False) -> None:
-        """One gradient step on the pending positions, of which none is left."""
+    def _learn(self, position: int, report: EditReport, streaming: bool = False) -> None:
+        """Steps on the pending positions, which end before ``position`` and of which none is left."""
         began = time.perf_counter()
         count, self.count = self.count, 0
+        lesson = Lesson(self.editor.objective, position - count, count)
         known = self._targets[0, :count] != UNKNOWN
-        if not known.any():
-            report.skipped += 1
+        if known.any():
+            self._clear(count)
+            self._call.run()
+            self._take_steps(known, lesson, report)
+        else:
+            lesson.refused = "no text to learn from"
+        if not streaming and lesson.steps:
+            self._settle()
+        lesson.seconds = time.perf_counter() - began
+        report.lessons.append(lesson)
+
+    def _take_steps(self, known: Array, lesson: Lesson, report: EditReport) -> None:
+        """Change the memory step by step, as far as the policy lets it. The call has been run."""
+        editor = self.editor
+        surprise = self._loss[0, : len(known)][known]
+        lesson.loss = float(surprise.mean())
+        if lesson.loss < editor.threshold:
+            lesson.refused = "not surprising enough"
+        elif 0 < editor.budget <= 1000 * report.seconds:
+            lesson.refused = "time budget spent"
+        if lesson.refused:
             return
-        self._clear(count)
-        self._call.run()
-        rows, gradient = self._gathered(known)
+        rows, picks = self._picked(known)
+        measures = editor.rollback or editor.steps > 1
+        scored = self._logits.copy() if measures else self._logits
+        for number in range(editor.steps):
+            before = (self._change[0, rows], self._energy[rows]) if editor.rollback else None
+            lesson.refused = self._step(rows, picks, known, lesson)
+            if lesson.refused:
+                break
+            if editor.rollback or number + 1 < editor.steps:
+                self._call.run()
+                lesson.loss_after = float(self._loss[0, : len(known)][known].mean())
+            if before is not None and not lesson.loss_after <= lesson.loss:
+                self._change[0, rows], self._energy[rows] = before
+                lesson.refused = "loss rose" if math.isfinite(lesson.loss_after) else "not finite"
+                break
+            lesson.steps += 1
+        if measures:
+            self._logits[:] = scored
+        if lesson.steps:
+            lesson.learnt = len(surprise)
+            report.surprise.extend(surprise.tolist())
+
+    def _step(self, rows: Array, picks: Array, known: Array, lesson: Lesson) -> str:
+        """One step on the gradient that the call has left; or why there is none."""
+        parts = picks @ self._parts[0, : len(known)][known]
+        gradient = np.concatenate([self._gradient[0], parts])
         energy = np.einsum("ij,ij->i", gradient, gradient)
         norm = math.sqrt(float(energy.sum()))
         if not norm * self.editor.step < _LARGEST_UPDATE:
             reason = "too large" if math.isfinite(norm) else "not finite"
+            if self.editor.rollback:
+                return reason
             raise NumericsError(
                 f"the readout memory's gradient is {reason}; the session is as it was before the call"
             )
-        if streaming:
-            memory: Array = self._change[0]
-            self._changed.append(rows)
-        else:
-            memory = self._buffers.edit_readout(rows)
-        memory[rows] -= self._update(rows, gradient, energy)
-        report.updates += 1
-        report.gradient_norm.append(norm)
-        report.surprise.extend(self._loss[0, :count][known].tolist())
-        report.seconds += time.perf_counter() - began
+        if 0 < self.editor.clip < norm:
+            shorter = np.float32(self.editor.clip / norm)
+            gradient *= shorter
+            energy *= shorter * shorter
+        lesson.norms = {_READOUT: norm}
+        self._changed.append(rows)
+        self._change[0, rows] -= self._update(rows, gradient, energy)
+        return ""
 
-    def _gathered(self, known: Array) -> tuple[Array, Array]:
-        """Rows of the memory that the pending positions change, and the gradient of each."""
+    def _settle(self) -> None:
+        """Let what has changed be part of the memory."""
+        rows = np.unique(np.concatenate(self._changed)) if len(self._changed) > 1 else self._changed[0]
+        self._buffers.edit_readout(rows)[rows] += self._change[0, rows]
+        self._forget_change()
+
+    def _picked(self, known: Array) -> tuple[Array, Array]:
+        """Rows of the memory that the pending positions change, and which position picks which of them."""
         picked = self._keys.rows[: len(known)][known]
         rows, place = np.unique(picked, return_inverse=True)
         position = np.repeat(np.arange(len(picked)), picked.shape[1])
         picks = np.zeros((len(rows), len(picked)), np.float32)
         np.add.at(picks, (place.reshape(-1), position), 1.0)
-        parts = picks @ self._parts[0, : len(known)][known]
-        return np.concatenate([self._first, rows]), np.concatenate([self._gradient[0], parts])
+        return np.concatenate([self._first, rows]), picks
 
     def _update(self, rows: Array, gradient: Array, energy: Array) -> Array:
         """The gradient turned into what is subtracted, in place."""

@@ -15,12 +15,14 @@ from titans_runtime.backends import DTYPES, Array, Arrays, Call
 from titans_runtime.backends.choose import open_backend
 from titans_runtime.buffers import StateBuffers
 from titans_runtime.bundle import Bundle, initial_state, open_bundle
-from titans_runtime.editor import Editor, EditReport
+from titans_runtime.editing import Editing
+from titans_runtime.editor import Editor
 from titans_runtime.errors import NumericsError, StateError, UsageError
 from titans_runtime.manifest import Manifest
-from titans_runtime.readout import Keys, ReadoutEditor
+from titans_runtime.readout import Keys
+from titans_runtime.report import EditLog, EditReport
 from titans_runtime.sampling import Sampling
-from titans_runtime.state import Snapshot, load_snapshot, save_snapshot
+from titans_runtime.state import Snapshot, load_snapshot, save_snapshot, with_memories_of
 from titans_runtime.tokens import Tokens, checked_input
 
 if TYPE_CHECKING:
@@ -152,13 +154,13 @@ class Session:
         """Use :meth:`Model.session`."""
         self.model = model
         self._strength = edit
-        self._editor = editor
         self.position = 0
         self.last_edit: EditReport | None = None
+        self.log: EditLog | None = None
         self._edit = np.array([edit], np.float32).reshape(1, -1)
         self._buffers = StateBuffers(model.manifest, model.initial, model.backend.residence)
         self._last_logits: Array | None = None
-        self._readout = self._open_editor(editor)
+        self._editing = self._open_editor(editor)
         # Without an editor of its own, `observe` leaves its last position here: (next position, arrays).
         self._unfinished: tuple[int, Arrays] | None = None
         self._lock = threading.Lock()
@@ -179,7 +181,7 @@ class Session:
     @property
     def editor(self) -> Editor | None:
         """What the session learns by the open way."""
-        return self._editor
+        return self._editing.editor
 
     def append(self, tokens: Tokens) -> Array:
         """See tokens, and score the token after each of them.
@@ -228,6 +230,39 @@ class Session:
         ):
             self._advance(ids, teach=True, report=report)
         return report
+
+    def prepare(self, context: Tokens, passes: int = 1, editor: Editor | None = None) -> list[EditReport]:
+        """Learn from a context in several passes, before the first answer.
+
+        Every pass begins where the first one did, but with the memories, and the optimizer's sums, that
+        the pass before it has left. Afterwards the session stands behind the context, which it has seen
+        once as far as its position is concerned. Succeeds as a whole, or leaves the session as it was.
+
+        Args:
+            context: as for :meth:`append`.
+            passes: 1 or more.
+            editor: for these passes, in place of the session's own.
+
+        Returns:
+            What each pass learnt.
+
+        Raises:
+            UsageError: neither the call nor the session has an editor, or ``passes`` is out of range.
+            TokenError: the tokens are empty, of a wrong type, or out of range.
+            NumericsError: a value is not finite.
+        """
+        if type(passes) is not int or passes < 1:
+            raise UsageError(f"passes is {passes!r}; it must be an integer, 1 or more")
+        before, reports = self.snapshot(), []
+        try:
+            for number in range(passes):
+                if number:
+                    self.restore(with_memories_of(before, self.snapshot(), self.model.manifest))
+                reports.append(self.observe(context, editor))
+        except BaseException:
+            self.restore(before)
+            raise
+        return reports
 
     def generate(
         self,
@@ -315,9 +350,7 @@ class Session:
         report = EditReport(tokens=len(ids)) if report is None else report
         logits = np.empty((len(ids), self.model.manifest.width), np.float32)
         began = self.position
-        for start in range(0, len(ids), SEGMENT):
-            part = slice(start, start + SEGMENT)
-            self._run_segment(ids[part], logits[part], teach, report)
+        self._run_segments(ids, logits, teach, report)
         self._conclude(logits, began, report)
         return logits
 
@@ -337,28 +370,35 @@ class Session:
                 "the session is as it was before the call"
             )
         self._last_logits = logits[-1].copy()
-        self.last_edit = report if self._readout else None
+        self.last_edit = report if self._editing else None
+        if self.log is not None and self._editing:
+            self.log.add(report)
+
+    def _most(self, tokens: int) -> int:
+        """Tokens, of ``tokens``, that the model may run on at once."""
+        return self._editing.most(self.position, min(tokens, SEGMENT))
+
+    def _run_segments(self, ids: Array, logits: Array, teach: bool, report: EditReport) -> None:
+        start = 0
+        while start < len(ids):
+            part = slice(start, start + self._most(len(ids) - start))
+            self._run_segment(ids[part], logits[part], teach, report)
+            start = part.stop
 
     def _run_segment(self, ids: Array, logits: Array, teach: bool, report: EditReport) -> None:
         self._arrive(ids[0], teach, report)
-        keys = self._key_buffer(len(ids)) if self._readout else None  # nobody else reads them
+        keys = self._key_buffer(len(ids)) if self._editing.readout else None  # nobody else reads them
         self._run_model(ids, logits, keys)
         self._buffers.swap()
         self._learn(ids, logits, keys, teach, report)
 
     def _arrive(self, token: Array, teach: bool, report: EditReport) -> None:
-        """Before the model runs: learn from the period that ``token`` completes."""
-        if self._readout:
-            self._readout.arrive(int(token), self.position, teach, report)
+        """Before the model runs: learn from the periods that ``token`` completes."""
+        self._editing.arrive(token, self.position, teach, report)
 
     def _learn(self, ids: Array, logits: Array, keys: Keys | None, teach: bool, report: EditReport) -> None:
         """After the model has run: learn, or keep what is still to be learnt from."""
-        editor, position = self._readout, self.position
-        if editor and keys is not None:
-            if len(ids) <= editor.room(position):
-                editor.hold(ids, keys, logits, teach)
-            else:
-                editor.stream(ids, keys, logits, position, report)
+        self._editing.learn(ids, keys, logits, self.position, teach, report)
         self.position += len(ids)
 
     def _run_model(self, ids: Array, logits: Array, keys: Keys | None) -> None:
@@ -411,14 +451,8 @@ class Session:
 
     # --- editor, snapshot, guards
 
-    def _open_editor(self, editor: Editor | None) -> ReadoutEditor | None:
-        if editor is None:
-            return None
-        if not isinstance(editor, Editor):
-            raise UsageError(f"editor is {editor!r}; give an Editor, as in Editor.parse('readout:step=1')")
-        if "readout" not in self._buffers.past or editor.graph not in self.model.manifest.graphs:
-            raise UsageError(f"the bundle has no readout memory to edit by {editor}; give editor=None")
-        return ReadoutEditor(editor, self.model.backend, self._buffers)
+    def _open_editor(self, editor: Editor | None) -> Editing:
+        return Editing(editor, self.model.backend, self._buffers, self._edit)
 
     @contextlib.contextmanager
     def _edited_by(self, editor: Editor | None, token: Array, report: EditReport) -> Iterator[None]:
@@ -430,26 +464,27 @@ class Session:
         if editor == self.editor:
             yield
             return
-        own_editor, own = self.editor, self._readout
-        other = self._open_editor(editor)
-        if own is not None:
-            own.hand_over(int(token), report)
-        elif other is not None and self._unfinished and self._unfinished[0] == self.position:
-            other.restore(self._unfinished[1])
-        self._editor, self._readout = editor, other
+        own, other = self._editing, self._open_editor(editor)
+        own.hand_over(token, self.position, report)
+        if (
+            own.readout is None
+            and other.readout
+            and self._unfinished
+            and self._unfinished[0] == self.position
+        ):
+            other.readout.restore(self._unfinished[1])
+        self._editing = other
         yield
-        pending = other.finish(report) if other is not None else None
-        if own is not None and pending is not None:
-            own.restore(pending)
+        pending = other.finish(self.position, report)
+        if own.readout and pending is not None:
+            own.readout.restore(pending)
         elif pending is not None:
             self._unfinished = (self.position, pending)
-        self._editor, self._readout = own_editor, own
+        self._editing = own
 
     def _snapshot(self) -> Snapshot:
         arrays: Arrays = {f"state.{name}": array.copy() for name, array in self._buffers.read().items()}
-        if self._readout:
-            arrays |= self._readout.accumulated()
-            arrays |= self._readout.export() if self._readout.count else {}
+        arrays |= self._editing.arrays()
         if self._last_logits is not None:
             arrays["last_logits"] = self._last_logits.copy()
         editor = self.editor.to_dict() if self.editor else None
@@ -465,9 +500,8 @@ class Session:
         self._last_logits = None if last is None else last.copy()
         editor = Editor.from_dict(snapshot.editor) if snapshot.editor else None
         if editor != self.editor:
-            self._editor, self._readout = editor, self._open_editor(editor)
-        if self._readout:
-            self._readout.take_up(snapshot.arrays)
+            self._editing = self._open_editor(editor)
+        self._editing.take_up(snapshot.arrays)
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -490,18 +524,20 @@ class Session:
             runs: of the model, where they do not follow from the tokens.
         """
         position, last, edit = self.position, self._last_logits, self.edit
-        editor, readout, unfinished = self.editor, self._readout, self._unfinished
-        self._buffers.hold(runs=-(-tokens // SEGMENT) if runs is None else runs)
-        pending = readout.mark(hands_over or readout.will_learn(position, tokens)) if readout else None
+        editing, unfinished = self._editing, self._unfinished
+        runs = -(-tokens // SEGMENT) if runs is None else runs
+        # Whoever edits the layers' memories writes over the state: it is kept, as for several runs.
+        rewrites = editing.memories is not None or hands_over
+        self._buffers.hold(runs=2 if rewrites else runs)
+        pending = editing.mark(hands_over or editing.will_learn(position, tokens))
         try:
             yield
         except BaseException:
             self._buffers.rewind()
             self.position, self._last_logits, self._strength = position, last, edit
             self._edit[0] = edit
-            self._editor, self._readout, self._unfinished = editor, readout, unfinished
-            if readout and pending:
-                readout.rewind(pending)
+            self._editing, self._unfinished = editing, unfinished
+            editing.rewind(pending)
             raise
 
 

@@ -18,13 +18,17 @@ from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
 from titans_runtime.backends import DTYPES, Array, Arrays
-from titans_runtime.editor import MAX_CHUNK
-from titans_runtime.errors import EnvironmentProblem, StateError
+from titans_runtime.editor import MAX_CHUNK, Editor, chosen_memories, decays
+from titans_runtime.errors import EnvironmentProblem, StateError, UsageError
 from titans_runtime.files import open_without_waiting, write_atomically
 from titans_runtime.json_reader import MAX_BYTES, canonical, parse_object
 from titans_runtime.manifest import Manifest
+from titans_runtime.optimizers import OPTIMIZERS
 
 FORMAT_VERSION = 1
+PREFIX = "memories."
+"""Of everything that an editor of the layers' memories adds to a snapshot."""
+
 ENERGY = "editor.energy"
 """Name of the optimizer's sums in a snapshot, ``(Dr,)`` float32."""
 
@@ -94,6 +98,34 @@ def load_snapshot(path: Path, manifest: Manifest) -> Snapshot:
     if len(edit) != manifest.edit_layers or not all(type(x) in (int, float) and 0 <= x <= 1 for x in edit):
         raise StateError(f"{path}: edit must be {manifest.edit_layers} numbers between 0 and 1")
     return Snapshot(header["bundle"], header["position"], tuple(edit), header["editor"], arrays)
+
+
+def read_snapshot(path: Path) -> Snapshot:
+    """Read a memory file by itself: what it says is consistent, whatever its bundle.
+
+    Raises:
+        StateError: no memory file, or damaged.
+    """
+    with _opened(path) as (file, header):
+        arrays = _arrays(path, file, header, _MAX_BYTES)
+    return Snapshot(header["bundle"], header["position"], tuple(header["edit"]), header["editor"], arrays)
+
+
+def with_memories_of(snapshot: Snapshot, learnt: Snapshot, manifest: Manifest) -> Snapshot:
+    """A snapshot with the memories of another one, and with what its editors' optimizers have summed up."""
+    taken = {f"state.{entry.name}" for entry in manifest.state if entry.role == "memory"} | {ENERGY}
+    pending = ("sequence", "targets", "taught", "anchor")
+    for name in learnt.arrays:
+        kind = name.removeprefix(PREFIX).partition(".")[0]
+        if name.startswith(PREFIX) and kind not in pending:
+            taken.add(name)
+    own = {
+        name: array
+        for name, array in snapshot.arrays.items()
+        if not name.startswith(("pending.", PREFIX)) and name != ENERGY
+    }
+    arrays = own | {name: learnt.arrays[name] for name in taken if name in learnt.arrays}
+    return Snapshot(snapshot.bundle, snapshot.position, snapshot.edit, snapshot.editor, arrays)
 
 
 def describe_snapshot(path: Path) -> dict[str, Any]:
@@ -200,19 +232,19 @@ def _check_pending(path: Path, arrays: Arrays, manifest: Manifest, header: Mappi
     allowed = {f"state.{entry.name}" for entry in manifest.state}
     allowed |= {ENERGY, "last_logits", "pending.logits"}
     allowed |= {"pending.targets", "pending.readout_key", "pending.readout_rows"}
-    unknown = sorted(arrays.keys() - allowed)
+    expected = _editors_arrays(path, arrays, manifest, header)
+    unknown = sorted(arrays.keys() - allowed - expected.keys())
     if unknown:
         raise StateError(f"{path}: tensor {unknown[0]} is unknown")
-    expected: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {
-        "last_logits": ((manifest.width,), np.float32)
-    }
+    expected |= {"last_logits": ((manifest.width,), np.float32)}
     readout = next((entry.row_shape for entry in manifest.state if entry.name == "readout"), (0,))
     outputs = {tensor.name: tensor.shape for tensor in manifest.graphs["model"].outputs}
-    if (header["editor"] or {}).get("optimizer") == "adagrad" or ENERGY in arrays:
+    own = _editor_of(header, readout=True)
+    if (own.get("optimizer") == "adagrad") or ENERGY in arrays:
         expected[ENERGY] = ((readout[0],), np.float32)
     if any(name.startswith("pending.") for name in arrays):
         targets = arrays.get("pending.targets", np.empty(0))
-        seen = _seen_of_period(header)
+        seen = _seen_of_period(header["position"], own)
         if not (1 <= targets.size <= seen and -1 <= targets.min() <= targets.max() < vocab):
             raise StateError(f"{path}: pending.targets do not fit the editor {header['editor']}")
         expected["pending.targets"] = ((targets.size,), np.int64)
@@ -235,9 +267,55 @@ def _last(outputs: Mapping[str, tuple[int | str, ...]], name: str) -> int:
     return size if isinstance(size, int) else 0
 
 
-def _seen_of_period(header: Mapping[str, Any]) -> int:
+def _editor_of(header: Mapping[str, Any], readout: bool) -> dict[str, Any]:
+    """The specification of the editor of the readout memory, or of the other; empty where there is none."""
+    editor = header["editor"] or {}
+    parts = [editor, editor.get("also") or {}]
+    found = (part for part in parts if part and (part.get("objective", "readout") == "readout") == readout)
+    return next(found, {})
+
+
+def _editors_arrays(
+    path: Path, arrays: Arrays, manifest: Manifest, header: Mapping[str, Any]
+) -> dict[str, tuple[tuple[int, ...], type[np.generic]]]:
+    """Shapes and dtypes of what an editor of the layers' memories has left."""
+    content = _editor_of(header, readout=False)
+    if not content:
+        return {}
+    try:
+        editor = Editor.from_dict({name: value for name, value in content.items() if name != "also"})
+        memories = chosen_memories(editor, manifest)
+    except (UsageError, TypeError) as error:
+        raise StateError(f"{path}: {error}") from None
+    entries = {entry.name: entry for entry in manifest.state}
+    expected: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {f"{PREFIX}steps": ((1,), np.int64)}
+    for memory in memories:
+        for kind in OPTIMIZERS[editor.optimizer](size=editor.step, **decays(editor)).moments:
+            expected[f"{PREFIX}{kind}.{memory}"] = ((1, *entries[memory].row_shape), np.float32)
+    sequence = arrays.get(f"{PREFIX}sequence")
+    if sequence is None:
+        return expected
+    count, seen = len(sequence), _seen_of_period(header["position"], content)
+    targets, taught = (arrays.get(f"{PREFIX}{name}", np.zeros(0)) for name in ("targets", "taught"))
+    width = [axis for axis in manifest.sequence.shape if isinstance(axis, int)]
+    fits = 1 <= count <= seen and targets.size == taught.size == count
+    if not fits or not -1 <= targets.min() <= targets.max() < max(manifest.vocab_size, 1):
+        raise StateError(f"{path}: {PREFIX}targets do not fit the editor {header['editor']}")
+    if manifest.vocab_size and not 0 <= sequence.min() <= sequence.max() < manifest.vocab_size:
+        raise StateError(f"{path}: {PREFIX}sequence holds ids outside the vocabulary")
+    expected[f"{PREFIX}sequence"] = ((count, *width), DTYPES[manifest.sequence.dtype])
+    expected |= {f"{PREFIX}{name}": ((count,), np.int64) for name in ("targets", "taught")}
+    changed = {tensor.name.removeprefix("present.") for tensor in manifest.graphs["model"].outputs}
+    return expected | {
+        f"{PREFIX}anchor.{name}": ((1, *entry.row_shape), DTYPES[entry.dtype])
+        for name, entry in entries.items()
+        if name in changed
+    }
+
+
+def _seen_of_period(position: int, editor: Mapping[str, Any]) -> int:
     """Positions of the last period that the stream has reached: the most that can be pending."""
-    position, chunk = header["position"], (header["editor"] or {}).get("chunk")
+    chunk = editor.get("chunk")
     return (position - 1) % chunk + 1 if type(chunk) is int and chunk > 0 and position > 0 else 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from titans_runtime import Editor, EditReport, UsageError
+from titans_runtime import Editor, UsageError
 from titans_runtime.editor import MAX_CHUNK
 
 editors = st.builds(
@@ -39,8 +40,18 @@ def test_the_objective_names_the_graph() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"objective": "other"}, "objective 'other'; known: readout"),
+        ({"objective": "An other"}, "objective 'An other'; known: readout, prediction, association"),
         ({"objective": None}, "objective None; known: readout"),
+        ({"optimizer": "rprop"}, "optimizer 'rprop'; known: sgd, adagrad, titans, adam, muon"),
+        ({"optimizer": "adam"}, "optimizer 'adam': the objective readout has sgd and adagrad"),
+        ({"momentum": 0.5}, "momentum: the objective readout has none"),
+        ({"objective": "prediction", "floor": 0.5}, "floor: the optimizer sgd has none"),
+        ({"objective": "prediction", "retention": 1.5}, "retention is 1.5; it must be a number from 0 to 1"),
+        ({"objective": "prediction", "memories": "layers.0"}, "memories is 'layers.0'; give a tuple"),
+        ({"rollback": 1}, "rollback is 1; it must be true or false"),
+        ({"steps": 0}, "steps is 0; it must be an integer from 1 to 1000"),
+        ({"also": {"objective": "readout"}}, "one of the two edits readout"),
+        ({"also": 3}, "also is 3; it must be an object"),
         ({"step": -0.5}, r"step is -0.5; it must be a number from 0 to 1e\+06"),
         ({"step": 1e7}, "step is 10000000.0"),
         ({"step": math.nan}, "step is nan"),
@@ -63,7 +74,9 @@ def test_values_outside_their_range_are_refused(settings: dict[str, Any], messag
     ("text", "message"),
     [
         ("", "objective ''; known: readout"),
-        ("redaout:step=1", "objective 'redaout'"),
+        ("Readout:step=1", "objective 'Readout'"),
+        ("readout+prediction+association", "two editors at most"),
+        ("prediction:rollback=yes", "'rollback=yes' is not NAME=VALUE"),
         ("readout:step", "'step' is not NAME=VALUE"),
         ("readout:step=", "'step=' is not NAME=VALUE"),
         ("readout:step=fast", "'step=fast' is not NAME=VALUE"),
@@ -80,6 +93,10 @@ def test_malformed_text_is_refused_and_the_part_named(text: str, message: str) -
         Editor.parse(text)
 
 
-def test_a_report_without_lessons_has_no_loss() -> None:
-    assert math.isnan(EditReport(tokens=3).loss)
-    assert EditReport(surprise=[1.0, 2.0, 6.0]).loss == 3.0
+def test_two_editors_side_by_side() -> None:
+    text = "readout:step=1e-2,chunk=8+prediction:step=1e+0,optimizer=adam,memories=layers.0.*|layers.1.*"
+    editor = Editor.parse(text)
+    readout, prediction = editor.parts
+    assert (readout.objective, prediction.objective) == ("readout", "prediction")
+    assert prediction.memories == ("layers.0.*", "layers.1.*")
+    assert Editor.from_dict(json.loads(json.dumps(editor.to_dict()))) == editor

@@ -20,7 +20,7 @@ from tests.runtime.streams import (
     streams,
 )
 from titans_runtime.backends import DTYPES
-from titans_runtime.editor import OPTIMIZERS, Editor
+from titans_runtime.editor import READOUT_OPTIMIZERS, Editor
 from titans_runtime.state import save_snapshot
 
 CHUNKS = [1, 3, 4, 7]
@@ -85,7 +85,7 @@ def _edited(
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", READOUT_OPTIMIZERS)
 @given(data=st.data(), text=streams)
 def test_editing_equals_the_formula(
     model: tr.Model, data: st.DataObject, optimizer: str, chunk: int, text: bytes
@@ -178,9 +178,9 @@ def test_what_a_failed_call_left_behind_teaches_nothing(model: tr.Model) -> None
     session, twin = (model.session(0.0, Editor(chunk=7)) for _ in range(2))
     for one in (session, twin):
         one.append(b"abc")
-    assert session._readout is not None
-    session._readout._scored[0, 3:] = np.nan
-    session._readout._keys.dense[3:] = np.inf
+    assert session._editing.readout is not None
+    session._editing.readout._scored[0, 3:] = np.nan
+    session._editing.readout._keys.dense[3:] = np.inf
     for one in (session, twin):
         one.observe(b"d", Editor(chunk=2))
     assert np.array_equal(session.snapshot().arrays["state.readout"], twin.snapshot().arrays["state.readout"])
@@ -219,8 +219,8 @@ def test_what_the_optimizer_has_summed_up_belongs_to_the_state(model: tr.Model, 
     session.restore(mark)
     assert np.array_equal(session.append(more), expected)
     before = session.snapshot()
-    session._readout._keys.dense[:] = 0  # type: ignore[union-attr]
-    session._readout._scored[0, 0, 0] = np.nan  # type: ignore[union-attr]
+    session._editing.readout._keys.dense[:] = 0  # type: ignore[union-attr]
+    session._editing.readout._scored[0, 0, 0] = np.nan  # type: ignore[union-attr]
     with pytest.raises(tr.NumericsError):
         session.append(more)
     np.testing.assert_array_equal(session.snapshot().arrays["editor.energy"], before.arrays["editor.energy"])

@@ -337,15 +337,15 @@ def test_a_gradient_that_is_not_finite_is_undone(
     session = model.session(0.5, Editor(step=0.5, chunk=2))
     session.append(b"before")
     before = session.snapshot()
-    call = session._readout._call
+    call = session._editing.readout._call
 
     class Broken:
         def run(self) -> None:
             call.run()
-            session._readout._gradient[0, 3, 5] = np.nan
+            session._editing.readout._gradient[0, 3, 5] = np.nan
 
     with monkeypatch.context() as patch:
-        patch.setattr(session._readout, "_call", Broken())
+        patch.setattr(session._editing.readout, "_call", Broken())
         with pytest.raises(tr.NumericsError, match="gradient is not finite; the session is as it was"):
             session.append(LONG[:length])
     assert_same_snapshot(session.snapshot(), before)

@@ -30,7 +30,8 @@ from titans_runtime import cli
 from titans_runtime.errors import CheckFailed, DataError, UsageError
 from titans_runtime.verify import verify
 
-FILES = {"titans.json", "model.onnx", "gradient.readout.onnx", "weights.bin", "goldens.safetensors"}
+GRADIENTS = {"gradient.readout", "gradient.prediction", "gradient.association"}
+FILES = {"titans.json", "model.onnx", "weights.bin", "goldens.safetensors"} | {f"{g}.onnx" for g in GRADIENTS}
 
 
 def _content(folder: Path) -> dict[str, bytes]:
@@ -41,12 +42,13 @@ def test_bundle_holds_the_documented_files_and_verifies(tiny_bundle: Path) -> No
     assert {path.name for path in tiny_bundle.iterdir()} == FILES
     manifest = bundles.open_bundle(tiny_bundle).manifest
     assert set(manifest.files) == FILES - {"titans.json"}
-    assert set(manifest.graphs) == {"model", "gradient.readout"}
+    assert set(manifest.graphs) == {"model"} | GRADIENTS
     assert manifest.recommended["edit"] == 0.5
     report = verify(tiny_bundle)
     assert report.passed
     assert any(".model." in check.name for check in report.checks)
-    assert any(".gradient.readout." in check.name for check in report.checks)
+    for graph in GRADIENTS:
+        assert any(f".{graph}." in check.name for check in report.checks)
 
 
 def test_export_is_deterministic(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path) -> None:

@@ -98,6 +98,18 @@ class SegmentMemory:
 
     def one(self, tokens: Tensors, place: Tensor, carry: Tensors, shared: Tensors) -> tuple[Tensor, Tensors]:
         """See :class:`titans_export.recurrence.Core`."""
+        y, present, _ = self.one_and_inputs(tokens, place, carry, shared)
+        return y, present
+
+    def step(self, tokens: Tensors, live: Tensor, carry: Tensors, shared: Tensors) -> tuple[Tensor, Tensors]:
+        """See :class:`titans_export.recurrence.Core`."""
+        y, present, _ = self.step_and_inputs(tokens, live, carry, shared)
+        return y, present
+
+    def one_and_inputs(
+        self, tokens: Tensors, place: Tensor, carry: Tensors, shared: Tensors
+    ) -> tuple[Tensor, Tensors, TokenInputs]:
+        """One token; and what the memory was given, which nothing outside the core can know."""
         slots = torch.arange(self.tile, device=place.device)
         here = slots == place[:, None]  # (B, C)
         position = place[:, None, None]
@@ -107,17 +119,19 @@ class SegmentMemory:
         inputs = self._memory_inputs(y, weights)
         begins = place % self.form.period == 0
         answer, memory = one_token(self.form, state.memory, inputs, begins, weights.edit, reference)
-        return _gated(y, answer, weights), _flat(state._replace(memory=memory))
+        return _gated(y, answer, weights), _flat(state._replace(memory=memory)), inputs
 
-    def step(self, tokens: Tensors, live: Tensor, carry: Tensors, shared: Tensors) -> tuple[Tensor, Tensors]:
-        """See :class:`titans_export.recurrence.Core`."""
+    def step_and_inputs(
+        self, tokens: Tensors, live: Tensor, carry: Tensors, shared: Tensors
+    ) -> tuple[Tensor, Tensors, TokenInputs]:
+        """One tile, likewise."""
         slots = torch.arange(self.tile, device=live.device)
         seen = slots <= slots[:, None]
         weights, reference = _split(shared)
         y, state = self._attend(tokens, slots, live[:, 0], live, seen, self._state(carry), weights)
         inputs = self._memory_inputs(y, weights)
         answer, memory = tile_of_tokens(self.form, state.memory, inputs, live, weights.edit, reference)
-        return _gated(y, answer, weights), _flat(state._replace(memory=memory))
+        return _gated(y, answer, weights), _flat(state._replace(memory=memory)), inputs
 
     def _attend(
         self,

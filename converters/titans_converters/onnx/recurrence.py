@@ -6,7 +6,8 @@ PyTorch by itself, so that what runs in a graph is what runs in training, and on
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import onnx_ir as ir
 
@@ -19,19 +20,43 @@ KEPT = "kept."
 """Prefix of what a tile is cut from once empty tiles are left out; a converter may leave them in."""
 
 
-def recurrence_function(recurrence: RecurrenceProgram) -> ir.Function:
-    """The operator's body for any batch and any number of tokens."""
+class RecurrenceFunctions(NamedTuple):
+    """Bodies of one operator: its own and, where its recurrence reveals something, one that puts that out."""
+
+    body: ir.Function
+    revealing: ir.Function | None
+
+
+Parts = Mapping[str, ir.Graph]
+"""The traced parts of a recurrence by their names: each is used more than once."""
+
+
+def recurrence_functions(recurrence: RecurrenceProgram) -> RecurrenceFunctions:
+    """The operator's bodies, for any batch and any number of tokens."""
+    programs = (recurrence.one, recurrence.tiles, recurrence.step, recurrence.rows)
+    parts = {program.name: trace_graph(program) for program in programs}
+    plain = _function(recurrence, parts, reveal=False)
+    return RecurrenceFunctions(
+        plain, _function(recurrence, parts, reveal=True) if recurrence.revealed else None
+    )
+
+
+def _function(recurrence: RecurrenceProgram, parts: Parts, reveal: bool) -> ir.Function:
     inputs = {name: _like_example(name, recurrence.one) for name in recurrence.one.inputs}
     condition = _is_single(recurrence, inputs)
-    branches = {"then_branch": _one_token(recurrence, inputs), "else_branch": _tiles(recurrence, inputs)}
+    names = [name for name in recurrence.one.output_axes if reveal or name != recurrence.revealed]
+    branches = {
+        "then_branch": _one_token(recurrence, parts, inputs, names),
+        "else_branch": _tiles(recurrence, parts, inputs, names),
+    }
     choice = ir.Node(
         "",
         "If",
         [condition[-1].outputs[0]],
         [ir.AttrGraph(name, graph) for name, graph in branches.items()],
-        num_outputs=len(recurrence.one.output_axes),
+        num_outputs=len(names),
     )
-    for value, name in zip(choice.outputs, recurrence.one.output_axes, strict=True):
+    for value, name in zip(choice.outputs, names, strict=True):
         value.name = name
     graph = ir.Graph(
         list(inputs.values()),
@@ -68,21 +93,26 @@ def _is_single(recurrence: RecurrenceProgram, inputs: Mapping[str, ir.Value]) ->
     return nodes
 
 
-def _one_token(recurrence: RecurrenceProgram, inputs: Mapping[str, ir.Value]) -> ir.Graph:
-    nodes, outputs = _splice(recurrence.one, "one.", inputs)
-    return ir.Graph([], list(outputs.values()), nodes=nodes, name="one_token")
+def _one_token(
+    recurrence: RecurrenceProgram, parts: Parts, inputs: Mapping[str, ir.Value], names: Sequence[str]
+) -> ir.Graph:
+    nodes, outputs = _splice(recurrence.one, parts, "one.", inputs, names)
+    return ir.Graph([], [outputs[name] for name in names], nodes=nodes, name="one_token")
 
 
-def _tiles(recurrence: RecurrenceProgram, inputs: Mapping[str, ir.Value]) -> ir.Graph:
-    cut_nodes, tiles = _splice(recurrence.tiles, "cut.", inputs)
+def _tiles(
+    recurrence: RecurrenceProgram, parts: Parts, inputs: Mapping[str, ir.Value], names: Sequence[str]
+) -> ir.Graph:
+    cut_nodes, tiles = _splice(recurrence.tiles, parts, "cut.", inputs)
     count_nodes, tiles = _without_empty(tiles)
     step, carried = recurrence.step, recurrence.carry
     body_inputs = {name: _like_example(f"step.{name}", step, name) for name in (*carried, *tiles)}
-    nodes, outputs = _splice(step, "step.", {**inputs, **body_inputs})
-    states = [name for name in outputs if name != recurrence.output]
+    nodes, outputs = _splice(step, parts, "step.", {**inputs, **body_inputs}, names)
+    streamed = [name for name in names if name in recurrence.rows.output_axes]
+    states = [name for name in names if name not in streamed]
     body = ir.Graph(
         list(body_inputs.values()),
-        [*(outputs[name] for name in states), outputs[recurrence.output]],
+        [outputs[name] for name in (*states, *streamed)],
         nodes=nodes,
         name="tile",
     )
@@ -91,17 +121,20 @@ def _tiles(recurrence: RecurrenceProgram, inputs: Mapping[str, ir.Value]) -> ir.
         "Scan",
         [*(inputs[name] for name in carried), *tiles.values()],
         [ir.AttrGraph("body", body), ir.AttrInt64("num_scan_inputs", len(tiles))],
-        num_outputs=len(states) + 1,
+        num_outputs=len(states) + len(streamed),
     )
-    for value, name in zip(scan.outputs, (*states, recurrence.output), strict=True):
+    for value, name in zip(scan.outputs, (*states, *streamed), strict=True):
         value.name = f"tiles.{name}"
-    last = dict(zip(states, scan.outputs[:-1], strict=True))
-    row_nodes, rows = _splice(recurrence.rows, "rows.", {**inputs, "tiles": scan.outputs[-1]})
+    last = dict(zip(states, scan.outputs, strict=False))
+    bindings = {**inputs, **{f"tiles.{name}": ir.Value(name=name) for name in recurrence.rows.output_axes}}
+    bindings |= {str(value.name): value for value in scan.outputs[len(states) :]}
+    row_nodes, rows = _splice(recurrence.rows, parts, "rows.", bindings, streamed)
     for name, value in last.items():
         _set_type(value, step, name)
+    results = {**rows, **last}
     return ir.Graph(
         [],
-        [rows[recurrence.output], *last.values()],
+        [results[name] for name in names],
         nodes=[*cut_nodes, *count_nodes, scan, *row_nodes],
         name="tiles",
     )
@@ -126,14 +159,20 @@ def _without_empty(tiles: Mapping[str, ir.Value]) -> tuple[list[ir.Node], dict[s
 
 
 def _splice(
-    program: Program, prefix: str, bindings: Mapping[str, ir.Value]
+    program: Program,
+    parts: Parts,
+    prefix: str,
+    bindings: Mapping[str, ir.Value],
+    wanted: Sequence[str] | None = None,
 ) -> tuple[list[ir.Node], dict[str, ir.Value]]:
     """The nodes of a traced program, reading ``bindings`` in place of its inputs; and its outputs.
+
+    Those that are not ``wanted`` are left out, and the nodes that they alone need.
 
     Names get ``prefix``: in a graph within a graph none may occur twice. Initializers become constants,
     since a function has none.
     """
-    graph = trace_graph(program)
+    graph = parts[program.name].clone()
     nodes: list[ir.Node] = []
     for name, value in list(graph.initializers.items()):
         constant = ir.Node("", "Constant", [], [ir.AttrTensor("value", _tensor(name, value))])
@@ -148,17 +187,34 @@ def _splice(
     nodes += traced
     outputs = {}
     for name, end in zip(program.output_axes, ends, strict=True):
+        if wanted is not None and name not in wanted:
+            continue
         # An output of its own, even where the program hands an input through or one value out twice.
         identity = _node("Identity", [end])
         identity.outputs[0].name = f"out.{name}"
         _set_type(identity.outputs[0], program, name)
         nodes.append(identity)
         outputs[name] = identity.outputs[0]
+    if wanted is not None:
+        nodes = _needed(nodes, outputs.values())
     for node in nodes:
         node.name = None
         for value in node.outputs:
             value.name = prefix + str(value.name)
     return nodes, outputs
+
+
+def _needed(nodes: Sequence[ir.Node], outputs: Iterable[ir.Value]) -> list[ir.Node]:
+    """The nodes that ``outputs`` depend on; traced parts hold no graphs of their own."""
+    wanted, kept = set(outputs), []
+    for node in reversed(nodes):
+        if wanted & set(node.outputs):
+            kept.append(node)
+            wanted.update(value for value in node.inputs if value is not None)
+        else:
+            for index in range(len(node.inputs)):
+                node.replace_input_with(index, None)
+    return kept[::-1]
 
 
 def _tensor(name: str, value: ir.Value) -> ir.TensorProtocol:

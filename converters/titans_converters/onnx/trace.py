@@ -21,6 +21,9 @@ from titans_converters.program import Program, RecurrenceProgram
 
 Tensors = tuple[Tensor, ...]
 
+REVEALING = "titans.revealing"
+"""Where a traced model keeps, beside its functions, those that gradient graphs take in their place."""
+
 
 class Recurrent(Protocol):
     """What a node says of its recurrence."""
@@ -96,7 +99,7 @@ def trace(program: Program, recurrences: Sequence[RecurrenceProgram] = ()) -> ir
     Raises:
         ValueError: a free axis was fixed by the module's code; the message names the output.
     """
-    from titans_converters.onnx.recurrence import recurrence_function
+    from titans_converters.onnx.recurrence import recurrence_functions
 
     model = _export(program)
     model.graph.name = program.name
@@ -106,8 +109,13 @@ def trace(program: Program, recurrences: Sequence[RecurrenceProgram] = ()) -> ir
     used = {node.op_type for node in model.graph if node.domain == memory_op.DOMAIN}
     for recurrence in recurrences:
         if recurrence.name in used and recurrence.name != memory_op.NAME:  # whose body is written by hand
-            function = recurrence_function(recurrence)
-            model.functions[function.identifier()] = function
+            functions = recurrence_functions(recurrence)
+            model.functions[functions.body.identifier()] = functions.body
+            if functions.revealing is not None:
+                model.meta[REVEALING] = {
+                    **model.meta.get(REVEALING, {}),
+                    recurrence.name: functions.revealing,
+                }
             model.opset_imports[memory_op.DOMAIN] = memory_op.VERSION
     _add_sinkhorn_function(model)
     return model

@@ -1,0 +1,37 @@
+"""An edit log as a picture: what the stream taught, and what became of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from titans_runtime.optional import optional_import
+from titans_runtime.report import Lesson
+
+
+def plot_log(lessons: Sequence[Lesson], path: Path) -> None:
+    """Loss before and after, gradient norms, and milliseconds a lesson, along the stream.
+
+    Raises:
+        EnvironmentProblem: matplotlib is missing.
+    """
+    figure_class = optional_import("matplotlib.figure", "plot").Figure
+    figure = figure_class(figsize=(9, 7), layout="constrained")
+    loss, norms, time = figure.subplots(3, 1, sharex=True)
+    for objective in dict.fromkeys(lesson.objective for lesson in lessons):
+        own = [lesson for lesson in lessons if lesson.objective == objective]
+        places = [lesson.position for lesson in own]
+        loss.plot(places, [lesson.loss for lesson in own], lw=0.8, label=f"{objective}, before")
+        if any(lesson.loss_after == lesson.loss_after for lesson in own):  # NaN where it was not measured
+            loss.plot(places, [lesson.loss_after for lesson in own], lw=0.8, label=f"{objective}, after")
+        for memory in dict.fromkeys(name for lesson in own for name in lesson.norms):
+            norms.plot(places, [lesson.norms.get(memory) for lesson in own], lw=0.8, label=memory)
+        time.plot(places, [1000 * lesson.seconds for lesson in own], lw=0.8, label=objective)
+    refused = [lesson.position for lesson in lessons if lesson.refused]
+    loss.plot(refused, [0] * len(refused), "x", color="tab:red", ms=4, label="refused")
+    for axes, label in ((loss, "loss a token (nats)"), (norms, "gradient norm"), (time, "ms a lesson")):
+        axes.set_ylabel(label)
+        axes.legend(fontsize=7, ncols=2, loc="upper right")
+    norms.set_yscale("symlog")
+    time.set_xlabel("position in the stream")
+    figure.savefig(path)

@@ -1,0 +1,346 @@
+"""Editing the memories of a model's layers along a stream, through an exported gradient graph.
+
+Period ``n`` is the positions ``n·chunk … (n+1)·chunk - 1`` of the stream. The model runs on them as ever,
+and scores them with the memory as it was. Once the target of the last one is known, the editor goes
+back to the state before the period, takes its steps on the gradient of the whole period, and lets the
+model run over the period again. So every prediction is made before the memory sees its target.
+
+Nothing here knows an architecture: a gradient graph is used by the names of its tensors alone.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from titans_runtime.backends import DTYPES, Array, Arrays, Backend
+from titans_runtime.buffers import StateBuffers
+from titans_runtime.editor import Editor, chosen_memories, decays
+from titans_runtime.errors import NumericsError
+from titans_runtime.manifest import GraphSpec, TensorSpec
+from titans_runtime.optimizers import OPTIMIZERS, Gates, Step
+from titans_runtime.report import EditReport, Lesson
+from titans_runtime.state import PREFIX
+
+UNKNOWN = -1
+"""Target of a position whose next token has not come, or must not be learnt from."""
+
+
+@dataclass(frozen=True)
+class _Progress:
+    """What the optimizer keeps of each memory; replaced as a whole, never changed."""
+
+    moments: dict[str, Arrays]
+    count: int = 0
+
+
+@dataclass(frozen=True)
+class MemoriesMark:
+    """Everything that :meth:`MemoriesEditor.rewind` returns to."""
+
+    count: int
+    sequence: Array
+    targets: Array
+    taught: Array
+    anchor: Arrays
+    progress: _Progress
+
+
+class MemoriesEditor:
+    """The pending period of one session, and the optimizer's progress."""
+
+    def __init__(self, editor: Editor, backend: Backend, buffers: StateBuffers, edit: Array) -> None:
+        """Find the graph and the memories.
+
+        Args:
+            editor: objective, optimizer and policy.
+            backend: holds the gradient graph and ``model``.
+            buffers: the session's state.
+            edit: ``(1, layers)``, the session's strength of the fused rule, read at every step.
+
+        Raises:
+            UsageError: the bundle has no such graph, or no memory fits the editor's patterns.
+        """
+        manifest = backend.manifest
+        self.editor = editor
+        self._manifest, self._buffers, self._edit = manifest, buffers, edit
+        self._backend = backend
+        self._memories = chosen_memories(editor, manifest)
+        self._spec = manifest.graphs[editor.graph]
+        self._optimizer = OPTIMIZERS[editor.optimizer](size=editor.step, **decays(editor))
+        self._progress = _Progress(self._no_moments())
+        spec = manifest.sequence
+        width = [axis for axis in spec.shape if isinstance(axis, int)]
+        self.count = 0
+        self._sequence = np.zeros((editor.chunk, *width), DTYPES[spec.dtype])
+        self._targets = np.full(editor.chunk, UNKNOWN, np.int64)
+        self._taught = np.zeros(editor.chunk, bool)
+        self._anchor: Arrays = {}  # what the model changes, as the period began
+
+    # --- along the stream
+
+    def room(self, position: int) -> int:
+        """Positions from ``position`` to the end of its period."""
+        return self.editor.chunk - position % self.editor.chunk
+
+    def will_learn(self, position: int, tokens: int) -> bool:
+        """Whether ``tokens`` more from ``position`` on complete a period."""
+        ended = self.count > 0 and position % self.editor.chunk == 0
+        return ended or tokens > self.room(position)
+
+    def arrive(self, token: Array, position: int, teach: bool, report: EditReport) -> None:
+        """Note the token that comes at ``position``; learn if that completes a period.
+
+        Args:
+            token: id of the target of the last pending position, or a vector, which is none.
+            position: where it stands in the stream.
+            teach: whether it is to be learnt from.
+            report: receives what was learnt.
+
+        Raises:
+            NumericsError: a step is not finite, and the editor does not take it back by itself.
+        """
+        if self.count:
+            if teach and token.ndim == 0:
+                self._targets[self.count - 1] = token
+            if position % self.editor.chunk == 0:
+                self._learn(position, report)
+        if self.count == 0:
+            self._anchor = self._buffers.copies()
+
+    def hold(self, tokens: Array, teach: bool) -> None:
+        """Keep positions that the model has run on; they do not reach beyond the period."""
+        rows = slice(self.count, self.count + len(tokens))
+        self._sequence[rows] = tokens
+        self._taught[rows] = teach
+        self._targets[rows] = UNKNOWN
+        if teach and tokens.ndim == 1:
+            self._targets[self.count : self.count + len(tokens) - 1] = tokens[1:]
+        self.count += len(tokens)
+
+    def hand_over(self, token: Array, position: int, report: EditReport) -> None:
+        """Learn from all pending positions, whose last target is ``token``: another editor takes over."""
+        if self.count:
+            if token.ndim == 0:
+                self._targets[self.count - 1] = token
+            self._learn(position, report)
+
+    def finish(self, position: int, report: EditReport) -> None:
+        """Learn from the pending positions, as far as their targets are known."""
+        if self.count:
+            self._learn(position, report)
+
+    # --- snapshots
+
+    def arrays(self) -> Arrays:
+        """Copies of all that continuing needs, by name."""
+        found: Arrays = {f"{PREFIX}steps": np.array([self._progress.count], np.int64)}
+        for memory, moments in self._progress.moments.items():
+            found |= {f"{PREFIX}{kind}.{memory}": array.copy() for kind, array in moments.items()}
+        if self.count:
+            found[f"{PREFIX}sequence"] = self._sequence[: self.count].copy()
+            found[f"{PREFIX}targets"] = self._targets[: self.count].copy()
+            found[f"{PREFIX}taught"] = self._taught[: self.count].astype(np.int64)
+            found |= {f"{PREFIX}anchor.{name}": array.copy() for name, array in self._anchor.items()}
+        return found
+
+    def take_up(self, arrays: Arrays) -> None:
+        """Continue from a snapshot; without what an editor has left, from the beginning."""
+        self.count = 0
+        moments = {
+            memory: {
+                kind: arrays.get(f"{PREFIX}{kind}.{memory}", zero).copy() for kind, zero in kinds.items()
+            }
+            for memory, kinds in self._no_moments().items()
+        }
+        steps = arrays.get(f"{PREFIX}steps")
+        self._progress = _Progress(moments, 0 if steps is None else int(steps[0]))
+        sequence = arrays.get(f"{PREFIX}sequence")
+        if sequence is None:
+            return
+        self.count = len(sequence)
+        self._sequence[: self.count] = sequence
+        self._targets[: self.count] = arrays[f"{PREFIX}targets"]
+        self._taught[: self.count] = arrays[f"{PREFIX}taught"]
+        self._anchor = {name: arrays[f"{PREFIX}anchor.{name}"].copy() for name in self._buffers.present}
+
+    def mark(self) -> MemoriesMark:
+        """What :meth:`rewind` returns to."""
+        return MemoriesMark(
+            self.count,
+            self._sequence.copy(),
+            self._targets.copy(),
+            self._taught.copy(),
+            self._anchor,
+            self._progress,
+        )
+
+    def rewind(self, mark: MemoriesMark) -> None:
+        """Undo everything since the mark, but for the state itself, which is the caller's."""
+        self.count, self._anchor, self._progress = mark.count, mark.anchor, mark.progress
+        self._sequence[:], self._targets[:], self._taught[:] = mark.sequence, mark.targets, mark.taught
+
+    # --- one period
+
+    def _learn(self, position: int, report: EditReport) -> None:
+        """Take the period's steps, if the policy lets it, and note what became of them."""
+        began = time.perf_counter()
+        count, self.count = self.count, 0
+        lesson = Lesson(self.editor.objective, position - count, count)
+        targets = self._targets[:count].copy()
+        lesson.learnt = (
+            int((targets >= 0).sum()) if self._predicts else int(self._taught[:count].all()) * count
+        )
+        lesson.refused = self._refusal_before(lesson, report)
+        if not lesson.refused:
+            self._take_steps(lesson, self._sequence[:count], targets, began, report.seconds)
+        if not lesson.steps:
+            lesson.learnt = 0
+        lesson.seconds = time.perf_counter() - began
+        report.lessons.append(lesson)
+
+    @property
+    def _predicts(self) -> bool:
+        """Whether the loss is of predictions: then a position teaches once its target is known."""
+        return any(tensor.name == "target_ids" for tensor in self._spec.inputs)
+
+    def _refusal_before(self, lesson: Lesson, report: EditReport) -> str:
+        if not lesson.learnt:
+            return "no text to learn from"
+        if 0 < self.editor.budget <= 1000 * report.seconds:
+            return "time budget spent"
+        return ""
+
+    def _take_steps(
+        self, lesson: Lesson, sequence: Array, targets: Array, began: float, spent: float
+    ) -> None:
+        """Change the anchor's memories step by step, then let the model run over the period again."""
+        editor = self.editor
+        values = {name: self._anchor[name] for name in self._memories}
+        found = self._evaluate(values, sequence, targets)
+        lesson.loss = float(found["loss"][0]) / lesson.learnt
+        lesson.parts = {
+            name.removeprefix("loss."): float(array[0]) / lesson.learnt
+            for name, array in found.items()
+            if name.startswith("loss.")
+        }
+        if lesson.loss < editor.threshold:
+            lesson.refused = "not surprising enough"
+            return
+        for number in range(editor.steps):
+            if number and 0 < editor.budget <= 1000 * (spent + time.perf_counter() - began):
+                lesson.refused = "time budget spent"
+                break
+            after, progress, norms = self._step(values, found)
+            finite = all(np.isfinite(array).all() for array in after.values())
+            if not finite and not editor.rollback:
+                raise NumericsError(
+                    f"a step of {editor.objective} is not finite; the session is as it was before the call"
+                )
+            measured = finite and (editor.rollback or number + 1 < editor.steps)
+            if measured:
+                found = self._evaluate(after, sequence, targets)
+                lesson.loss_after = float(found["loss"][0]) / lesson.learnt
+            lesson.refused = self._refusal_after(lesson, finite)
+            if lesson.refused:
+                break
+            values, self._progress, lesson.norms = after, progress, norms
+            lesson.steps += 1
+        if lesson.steps:
+            self._write(values, sequence)
+
+    def _refusal_after(self, lesson: Lesson, finite: bool) -> str:
+        if not self.editor.rollback:
+            return ""
+        if not finite or not math.isfinite(lesson.loss_after):
+            return "not finite"
+        return "loss rose" if lesson.loss_after > lesson.loss else ""
+
+    def _step(self, values: Arrays, found: Arrays) -> tuple[Arrays, _Progress, dict[str, float]]:
+        """Memories after one step on the gradients in ``found``, the optimizer's progress, and norms."""
+        gradients = {name: found[f"grad.{name}"] for name in self._memories}
+        norms = {name: _norm(gradient) for name, gradient in gradients.items()}
+        whole, clip = math.hypot(*norms.values()), self.editor.clip
+        if 0 < clip < whole:
+            gradients = {name: g * np.float32(clip / whole) for name, g in gradients.items()}
+        after, moments = {}, {}
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found and refused
+            for name, gradient in gradients.items():
+                given = Step(gradient, self._moments(name), self._progress.count, self._gates(name, found))
+                after[name], moments[name] = self._optimizer.step(values[name], given)
+        return after, replace(self._progress, moments=moments, count=self._progress.count + 1), norms
+
+    def _moments(self, memory: str) -> Arrays:
+        """The optimizer's moments; where it takes the model's place, the momentum is the model's own."""
+        own = self._own_momentum(memory)
+        moments = self._progress.moments[memory]
+        if self.editor.replace and own in self._anchor and "momentum" in moments:
+            return moments | {"momentum": self._anchor[own]}
+        return moments
+
+    def _own_momentum(self, memory: str) -> str:
+        head, _, tail = memory.rpartition("memory")
+        return f"{head}momentum{tail}"
+
+    def _gates(self, memory: str, found: Arrays) -> Gates:
+        return Gates(*(found.get(f"gate.{memory}.{name}") for name in ("retention", "momentum", "step")))
+
+    def _evaluate(self, values: Arrays, sequence: Array, targets: Array) -> Arrays:
+        """The gradient graph at the state before the period, with ``values`` as its memories."""
+        past = self._buffers.fixed | self._anchor | values
+        given = {
+            self._manifest.sequence.name: sequence[None],
+            "target_ids": targets[None],
+            "edit": self._edit,
+        }
+        given |= {f"past.{name}": array for name, array in past.items()}
+        return _run(self._backend, self.editor.graph, self._spec, given, len(sequence))
+
+    def _write(self, values: Arrays, sequence: Array) -> None:
+        """Let the state after the period follow from the edited state before it."""
+        if self.editor.replace:
+            moments = {
+                self._own_momentum(name): self._progress.moments[name].get("momentum") for name in values
+            }
+            own = {name: m for name, m in moments.items() if m is not None and name in self._anchor}
+            self._buffers.overwrite(values | own)
+            return
+        spec = self._manifest.graphs["model"]
+        past = self._buffers.fixed | self._anchor | values
+        given = {self._manifest.sequence.name: sequence[None], "edit": self._edit}
+        given |= {f"past.{name}": array for name, array in past.items()}
+        present = {f"present.{name}": array for name, array in self._buffers.present.items()}
+        inputs = {tensor.name: np.ascontiguousarray(given[tensor.name]) for tensor in spec.inputs}
+        scores = self._manifest.scores
+        outputs = {scores.name: _room(scores, len(sequence))} | present
+        self._backend.graph("model").bind(inputs, outputs).run()
+
+    def _no_moments(self) -> dict[str, Arrays]:
+        shapes = {entry.name: (1, *entry.row_shape) for entry in self._manifest.state}
+        return {
+            memory: {kind: np.zeros(shapes[memory], np.float32) for kind in self._optimizer.moments}
+            for memory in self._memories
+        }
+
+
+def _run(backend: Backend, name: str, spec: GraphSpec, given: Arrays, tokens: int) -> Arrays:
+    inputs = {tensor.name: np.ascontiguousarray(given[tensor.name]) for tensor in spec.inputs}
+    outputs = {tensor.name: _room(tensor, tokens) for tensor in spec.outputs}
+    backend.graph(name).bind(inputs, outputs).run()
+    return outputs
+
+
+def _room(tensor: TensorSpec, tokens: int) -> Array:
+    """Room for one row of an output."""
+    free = {"batch": 1, "tokens": tokens}
+    shape = [free[axis] if isinstance(axis, str) else axis for axis in tensor.shape]
+    return np.empty(shape, DTYPES[tensor.dtype])
+
+
+def _norm(array: Array) -> float:
+    flat = array.reshape(-1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return math.sqrt(float(np.dot(flat, flat)))

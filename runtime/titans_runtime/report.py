@@ -1,0 +1,168 @@
+"""What editing did: a report for each call, and a running log of a stream."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from titans_runtime.errors import DataError, UsageError
+from titans_runtime.files import write_atomically
+
+
+@dataclass
+class Lesson:
+    """One period: what was offered to a memory, and what became of it.
+
+    Attributes:
+        objective: ``readout``, ``prediction``, …
+        position: of the period's first token in the stream.
+        tokens: of the period.
+        learnt: those that were learnt from.
+        loss: mean loss in nats over these, before the step; for an associative loss, a token's mean error.
+        loss_after: the same after the last step, where an editor measures it.
+        norms: norm of the gradient by memory, before clipping, at the last step that was taken.
+        parts: each layer's part of the loss, where it has parts.
+        steps: steps that were kept.
+        refused: why nothing more was learnt, or an empty text.
+        seconds: time that the period took.
+    """
+
+    objective: str
+    position: int
+    tokens: int
+    learnt: int = 0
+    loss: float = math.nan
+    loss_after: float = math.nan
+    norms: dict[str, float] = field(default_factory=dict)
+    parts: dict[str, float] = field(default_factory=dict)
+    steps: int = 0
+    refused: str = ""
+    seconds: float = 0.0
+
+
+@dataclass
+class EditReport:
+    """What one call learnt.
+
+    Attributes:
+        tokens: tokens that the call was given.
+        surprise: loss in nats of each token that the readout memory was taught, before it saw it, in
+            stream order.
+        lessons: every period that ended within the call.
+    """
+
+    tokens: int = 0
+    surprise: list[float] = field(default_factory=list)
+    lessons: list[Lesson] = field(default_factory=list)
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of the lessons' tokens, before their steps; NaN where none was learnt from."""
+        learnt = [lesson for lesson in self.lessons if lesson.learnt]
+        total = sum(lesson.learnt for lesson in learnt)
+        return sum(lesson.loss * lesson.learnt for lesson in learnt) / total if total else math.nan
+
+    @property
+    def gradient_norm(self) -> list[float]:
+        """Norm of the whole gradient of each update."""
+        return [math.hypot(*lesson.norms.values()) for lesson in self.lessons if lesson.steps]
+
+    @property
+    def updates(self) -> int:
+        """Steps applied."""
+        return sum(lesson.steps for lesson in self.lessons)
+
+    @property
+    def skipped(self) -> int:
+        """Periods that taught nothing."""
+        return sum(not lesson.steps for lesson in self.lessons)
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on editing."""
+        return sum(lesson.seconds for lesson in self.lessons)
+
+    @property
+    def refusals(self) -> dict[str, int]:
+        """How many periods were refused, by reason."""
+        reasons = [lesson.refused for lesson in self.lessons if lesson.refused]
+        return {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}
+
+
+class EditLog:
+    """Every lesson of a stream, call after call.
+
+    Give it to a session, ``session.log = EditLog()``; it grows with every call that succeeds.
+    """
+
+    def __init__(self) -> None:
+        """Empty."""
+        self.lessons: list[Lesson] = []
+
+    def add(self, report: EditReport) -> None:
+        """Add what a call learnt."""
+        self.lessons.extend(report.lessons)
+
+    def __len__(self) -> int:
+        """Number of lessons."""
+        return len(self.lessons)
+
+    def __iter__(self) -> Iterator[Lesson]:
+        """The lessons, in order."""
+        return iter(self.lessons)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one JSON object a line, atomically.
+
+        Raises:
+            EnvironmentProblem: the file cannot be written; an older one is untouched.
+        """
+        lines = [json.dumps(_finite(asdict(lesson))) + "\n" for lesson in self.lessons]
+        write_atomically(Path(path), "".join(lines).encode())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> EditLog:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            DataError: the file cannot be read, or a line is no lesson; the message names it.
+        """
+        log = cls()
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: cannot be read ({error})") from None
+        for number, line in enumerate(text.splitlines(), 1):
+            try:
+                content = json.loads(line)
+                content |= {name: math.nan for name in ("loss", "loss_after") if content[name] is None}
+                log.lessons.append(Lesson(**content))
+            except (ValueError, TypeError, KeyError):
+                raise DataError(f"{path}: line {number} is no lesson of an edit log") from None
+        return log
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw loss, gradient norms, refusals and time along the stream, as PNG, SVG or PDF.
+
+        Raises:
+            UsageError: the log is empty.
+            EnvironmentProblem: matplotlib is missing.
+        """
+        from titans_runtime.log_plot import plot_log
+
+        if not self.lessons:
+            raise UsageError("edit log: is empty; give it to a session with an editor before the stream")
+        plot_log(self.lessons, Path(path))
+
+
+def _finite(content: dict[str, Any]) -> dict[str, Any]:
+    """NaN and infinity as null: JSON knows neither."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in content.items()
+    }

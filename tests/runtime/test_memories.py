@@ -1,0 +1,372 @@
+"""Editing the layers' memories through exported gradients: the rule, every policy, transactions."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import titans_runtime as tr
+from tests.runtime.streams import append_parts, assert_same_snapshot, cuts, relative_error
+from titans_runtime.backends import Array
+from titans_runtime.memories import MemoriesEditor
+
+TEXT = b"def f(x):\n    return [y * y for y in x if y % 2]\n" * 2
+EDITORS = [
+    "prediction:step=0.05,chunk=8",
+    "prediction:optimizer=adam,step=0.01,chunk=8,steps=2",
+    "association:optimizer=muon,step=0.01,chunk=16,memories=layers.1.*",
+    "association:optimizer=titans,chunk=4,replace=true",
+    "readout:step=0.5+prediction:step=0.05,chunk=8",
+]
+
+
+def _session(model: tr.Model, editor: str, edit: float = 0.0) -> tr.Session:
+    return model.session(edit=edit, editor=tr.Editor.parse(editor))
+
+
+def _memories(session: tr.Session) -> dict[str, Array]:
+    return {name: array for name, array in session.snapshot().arrays.items() if ".memory" in name}
+
+
+# --- the rule
+
+
+def test_one_layer_edited_openly_token_by_token_is_the_fused_rule(one_layer: tr.Model) -> None:
+    """``association`` with the model's own gates, in place of what the model writes, is λ = 1."""
+    fused, opened = one_layer.session(edit=1.0, editor=None), one_layer.session(edit=0.0, editor=None)
+    editor = tr.Editor.parse("association:optimizer=titans,chunk=1,replace=true")
+    for start in range(0, len(TEXT), 7):
+        fused.append(TEXT[start : start + 7])
+        opened.observe(TEXT[start : start + 7], editor)
+    names = ("state.layers.0.memory", "state.layers.0.momentum", "state.layers.0.conv")
+    for name in names:
+        expected = fused.snapshot().arrays[name]
+        assert np.abs(expected).max() > 0.01
+        assert relative_error(opened.snapshot().arrays[name], expected) <= 1e-4
+    plain = one_layer.session(edit=0.0, editor=None)
+    plain.append(TEXT)
+    assert relative_error(plain.snapshot().arrays[names[0]], fused.snapshot().arrays[names[0]]) > 1e-2
+
+
+def test_a_step_of_zero_changes_nothing(model: tr.Model) -> None:
+    plain = model.session(edit=0.5, editor=None)
+    edited = _session(model, "prediction:step=0,chunk=8", edit=0.5)
+    assert relative_error(edited.append(TEXT), plain.append(TEXT)) <= 1e-5
+
+
+def test_a_step_lowers_the_loss_of_its_own_period(model: tr.Model) -> None:
+    """As a gradient must: a small step, and the loss falls by about the squared norm times the step."""
+    step = 1e-3
+    session = _session(model, f"prediction:step={step},chunk=16,rollback=true")
+    session.append(TEXT)
+    assert session.last_edit is not None
+    for lesson in session.last_edit.lessons[1:]:  # at the beginning the memory is zero: the loss is curved
+        fall = (lesson.loss - lesson.loss_after) * lesson.learnt
+        assert fall == pytest.approx(step * math.hypot(*lesson.norms.values()) ** 2, rel=0.1)
+
+
+@pytest.mark.parametrize("editor", EDITORS)
+def test_editing_moves_the_chosen_memories_alone(model: tr.Model, editor: str) -> None:
+    session = _session(model, editor)
+    session.append(TEXT)
+    moments = [name for name in session.snapshot().arrays if name.startswith("memories.mean.")]
+    if "layers.1" in editor:
+        assert moments == ["memories.mean.layers.1.memory"]
+        lessons = session.last_edit.lessons if session.last_edit else []
+        assert {name for lesson in lessons for name in lesson.norms} == {"layers.1.memory"}
+    plain = model.session(edit=0.0, editor=None)
+    plain.append(TEXT)
+    changed = {
+        name
+        for name, array in _memories(session).items()
+        if not name.startswith("memories.") and not np.array_equal(array, plain.snapshot().arrays[name])
+    }
+    assert changed == ({"state.layers.1.memory"} if "layers.1" in editor else set(_memories(plain)))
+
+
+# --- streams
+
+
+@settings(max_examples=15)
+@given(data=st.data(), editor=st.sampled_from(EDITORS))
+def test_the_cuts_of_a_stream_do_not_matter(model: tr.Model, data: st.DataObject, editor: str) -> None:
+    whole, parts = _session(model, editor), _session(model, editor)
+    expected = whole.append(TEXT)
+    places = data.draw(cuts(len(TEXT)))
+    assert relative_error(append_parts(parts, TEXT, places), expected) <= 1e-4
+
+
+@pytest.mark.parametrize("editor", EDITORS)
+def test_a_later_token_changes_no_earlier_score(model: tr.Model, editor: str) -> None:
+    changed = TEXT[:40] + bytes(byte ^ 1 for byte in TEXT[40:])
+    one, other = (_session(model, editor).append(text) for text in (TEXT, changed))
+    assert np.array_equal(one[:40], other[:40])
+    assert not np.array_equal(one[40:], other[40:])
+
+
+@pytest.mark.parametrize("editor", EDITORS)
+@pytest.mark.parametrize("length", [1, 16, 21])
+def test_a_memory_file_continues_bit_for_bit(
+    model: tr.Model, editor: str, length: int, tmp_path: Path
+) -> None:
+    session = _session(model, editor, edit=0.3)
+    session.append(TEXT[:length])
+    session.save(tmp_path / "memory")
+    twin, loaded = session.fork(), model.load_session(tmp_path / "memory")
+    expected = session.append(TEXT[length:])
+    for copy in (twin, loaded):
+        assert np.array_equal(copy.append(TEXT[length:]), expected)
+        assert_same_snapshot(copy.snapshot(), session.snapshot())
+
+
+def test_rows_of_a_batch_equal_single_sessions(model: tr.Model) -> None:
+    specs = [*EDITORS[:3], EDITORS[4]]
+    alone, together = ([_session(model, editor) for editor in specs] for _ in range(2))
+    for number, (one, other) in enumerate(zip(alone, together, strict=True)):
+        one.append(TEXT[: 3 * number + 1])
+        other.append(TEXT[: 3 * number + 1])
+    lengths = [30, 33, 41, 38]
+    with model.batch(together) as batch:
+        rows = batch.append([TEXT[:length] for length in lengths])
+        rows = batch.append([TEXT[:1] for _ in lengths])
+    for session, length, row in zip(alone, lengths, rows, strict=True):
+        session.append(TEXT[:length])
+        assert relative_error(row, session.append(TEXT[:1])) <= 1e-4
+
+
+def test_samples_teach_nothing(model: tr.Model) -> None:
+    session = _session(model, "prediction:step=0.1,chunk=4")
+    plain = model.session(edit=0.0, editor=None)
+    session.append(b"a")
+    plain.append(b"a")
+    for token in session.generate(15, seed=1):
+        plain.append([token])
+    assert session.last_edit is not None
+    assert relative_error(session.append(b"c"), plain.append(b"c")) <= 1e-5
+
+
+# --- policies
+
+
+def test_unsurprising_periods_are_not_learnt_from(model: tr.Model) -> None:
+    open_session = _session(model, "prediction:chunk=8,step=0.01")
+    open_session.append(TEXT)
+    assert open_session.last_edit is not None
+    losses = [lesson.loss for lesson in open_session.last_edit.lessons]
+    threshold = float(np.median(losses))
+    session = _session(model, f"prediction:chunk=8,step=0.01,threshold={threshold}")
+    session.append(TEXT)
+    assert session.last_edit is not None
+    lessons = session.last_edit.lessons
+    assert {lesson.steps for lesson in lessons} == {0, 1}
+    for lesson in lessons:
+        assert (lesson.refused == "not surprising enough") == (lesson.loss < threshold)
+
+
+def test_a_clipped_step_is_as_long_as_the_limit(model: tr.Model) -> None:
+    clip, step = 0.125, 0.5
+    session = _session(model, f"prediction:chunk=8,step={step},clip={clip}")
+    before = session.snapshot().arrays
+    moved = []
+    original = MemoriesEditor._write
+
+    def watch(editor: MemoriesEditor, values: dict[str, Array], sequence: Array) -> None:
+        moved.append(math.hypot(*(np.linalg.norm(values[n] - before[f"state.{n}"]) for n in values)))
+        original(editor, values, sequence)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MemoriesEditor, "_write", watch)
+        session.append(TEXT[:9])
+    assert session.last_edit is not None
+    assert session.last_edit.gradient_norm[0] > clip
+    assert moved == [pytest.approx(step * clip, rel=1e-4)]
+
+
+def test_a_floor_bounds_what_is_forgotten(model: tr.Model) -> None:
+    kept = {}
+    for floor in (0.0, 1.0):
+        session = model.session(edit=0.0, editor=None)
+        session.append(TEXT)
+        before = session.snapshot().arrays["state.layers.0.memory"]
+        editor = f"association:optimizer=titans,step=0,momentum=0,floor={floor},chunk=16,replace=true"
+        session.observe(TEXT[:16], tr.Editor.parse(editor))
+        after = session.snapshot().arrays["state.layers.0.memory"]
+        kept[floor] = float(np.linalg.norm(after) / np.linalg.norm(before))
+    assert kept[1.0] == pytest.approx(1.0, rel=1e-6)
+    assert kept[0.0] < 0.99
+
+
+def test_time_that_is_spent_ends_the_lessons(model: tr.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock of 5 ms a look: with a budget of 12 ms the first periods are learnt from, the others not."""
+    ticks = itertools.count()
+    monkeypatch.setattr("titans_runtime.memories.time.perf_counter", lambda: 0.005 * next(ticks))
+    session = _session(model, "prediction:chunk=8,step=0.01,budget=12")
+    session.append(TEXT)
+    assert session.last_edit is not None
+    refused = [lesson.refused for lesson in session.last_edit.lessons]
+    learnt = refused.count("")
+    assert 1 <= learnt < len(refused)
+    assert refused == [""] * learnt + ["time budget spent"] * (len(refused) - learnt)
+
+
+def test_a_step_that_does_harm_is_taken_back(model: tr.Model) -> None:
+    session = _session(model, "association:chunk=8,step=10,rollback=true")
+    plain = model.session(edit=0.0, editor=None)
+    assert relative_error(session.append(TEXT), plain.append(TEXT)) <= 1e-5
+    assert session.last_edit is not None
+    assert session.last_edit.refusals == {"loss rose": len(session.last_edit.lessons)}
+    assert session.last_edit.updates == 0
+
+
+@pytest.mark.parametrize("rollback", [True, False])
+def test_a_gradient_that_is_not_finite_changes_nothing(
+    model: tr.Model, rollback: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = _session(model, f"prediction:chunk=8,step=0.1,rollback={str(rollback).lower()}")
+    plain = model.session(edit=0.0, editor=None)
+    session.append(TEXT[:5])
+    plain.append(TEXT[:5])
+    mark = session.snapshot()
+    evaluate = MemoriesEditor._evaluate
+
+    def broken(editor: MemoriesEditor, *given: Array) -> dict[str, Array]:
+        found = evaluate(editor, *given)  # type: ignore[arg-type]
+        found["grad.layers.1.memory"][0, 0, 1, 2] = np.nan
+        return found
+
+    monkeypatch.setattr(MemoriesEditor, "_evaluate", broken)
+    if rollback:
+        assert relative_error(session.append(TEXT[5:]), plain.append(TEXT[5:])) <= 1e-5
+        assert session.last_edit is not None
+        assert set(session.last_edit.refusals) == {"not finite"}
+    else:
+        with pytest.raises(
+            tr.NumericsError, match="a step of prediction is not finite; the session is as it"
+        ):
+            session.append(TEXT[5:])
+        assert_same_snapshot(session.snapshot(), mark)
+
+
+def test_more_steps_learn_more_of_a_period(model: tr.Model) -> None:
+    losses = []
+    for steps in (1, 2, 4):
+        session = _session(model, f"prediction:chunk=32,step=0.02,steps={steps},rollback=true")
+        session.append(TEXT[:33])
+        assert session.last_edit is not None
+        (lesson,) = session.last_edit.lessons
+        assert lesson.steps == steps
+        losses.append(lesson.loss_after)
+    assert losses[0] > losses[1] > losses[2]
+
+
+@pytest.mark.parametrize("editor", ["prediction:step=0.02,chunk=16", "readout:step=0.5,chunk=4"])
+def test_every_pass_over_a_context_begins_with_what_the_last_one_learnt(model: tr.Model, editor: str) -> None:
+    session = _session(model, editor)
+    session.append(b"so: ")
+    reports = session.prepare(TEXT, passes=3)
+    losses = [report.loss for report in reports]
+    assert losses[0] > losses[1] > losses[2]
+    assert session.position == 4 + len(TEXT)
+    with pytest.raises(tr.UsageError, match="passes is 0"):
+        session.prepare(TEXT, passes=0)
+
+
+def test_a_preparation_that_fails_is_undone(model: tr.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = _session(model, EDITORS[4])
+    session.append(b"so: ")
+    mark, calls = session.snapshot(), itertools.count()
+    observe = tr.Session.observe
+
+    def interrupted(self: tr.Session, *given: object) -> tr.EditReport:
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return observe(self, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tr.Session, "observe", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        session.prepare(TEXT, passes=3)
+    assert_same_snapshot(session.snapshot(), mark)
+
+
+# --- transactions
+
+
+@pytest.mark.parametrize("editor", EDITORS)
+@pytest.mark.parametrize("call", [1, 2, 5])
+def test_ctrl_c_within_a_lesson_is_undone(
+    model: tr.Model, editor: str, call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, twin = _session(model, editor), _session(model, editor)
+    session.append(TEXT[:21])
+    twin.append(TEXT[:21])
+    mark, calls = session.snapshot(), itertools.count(1)
+    write = MemoriesEditor._write
+
+    def interrupted(self: MemoriesEditor, values: dict[str, Array], sequence: Array) -> None:
+        write(self, values, sequence)
+        if next(calls) == call:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoriesEditor, "_write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            session.append(TEXT)
+    assert_same_snapshot(session.snapshot(), mark)
+    assert np.array_equal(session.append(TEXT), twin.append(TEXT))
+
+
+def test_a_lesson_of_another_editor_returns_to_the_session_own(model: tr.Model) -> None:
+    own, other = "readout:step=0.5,chunk=4", tr.Editor.parse("prediction:step=0.05,chunk=8,rollback=true")
+    session = _session(model, own)
+    session.append(TEXT[:10])
+    report = session.observe(TEXT[10:40], other)
+    assert session.editor == tr.Editor.parse(own)
+    assert report.updates > 0
+    assert {lesson.objective for lesson in report.lessons} == {"readout", "prediction"}
+    session.append(TEXT[40:])
+    assert session.last_edit is not None
+    assert {lesson.objective for lesson in session.last_edit.lessons} == {"readout"}
+
+
+# --- what cannot be
+
+
+@pytest.mark.parametrize(
+    ("editor", "message"),
+    [
+        ("luck:step=1", "cannot be edited by 'luck'; known: readout, prediction, association"),
+        ("prediction:memories=layers.7.*", "'layers.7.\\*' fits none of layers.0.memory, layers.1.memory"),
+    ],
+)
+def test_what_the_bundle_has_not_is_refused(model: tr.Model, editor: str, message: str) -> None:
+    with pytest.raises(tr.UsageError, match=message):
+        _session(model, editor)
+
+
+@pytest.fixture(scope="module")
+def one_layer(tmp_path_factory: pytest.TempPathFactory) -> tr.Model:
+    """A model of one layer, with lively gates."""
+    from dataclasses import replace
+
+    import torch
+
+    from titans_export.config import PRESETS
+    from titans_export.model import TitansModel
+    from titans_export.pipeline import export_bundle
+    from titans_export.training.checkpoint import save_checkpoint
+
+    torch.manual_seed(3)
+    model = TitansModel(replace(PRESETS["tiny"], layers=1))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    folder = tmp_path_factory.mktemp("one_layer")
+    save_checkpoint(model, folder / "checkpoint")
+    export_bundle(folder / "checkpoint", folder / "bundle")
+    return tr.load(folder / "bundle", threads=1)
