@@ -71,7 +71,7 @@ def export_bundle(
         report("tracing the model and its gradient")
         programs, recurrences = model.programs(), model.recurrences()
         traced = {program.name: trace(program, recurrences) for program in programs}
-        gradients = gradient_graphs(traced["model"], editable_memories(model))
+        gradients = gradient_graphs(traced["model"], editable_memories(model), report)
         files = [*write_models(traced | gradients, work, weights), *_write_learned_state(model, work)]
         twins = {}
         for name in formats:

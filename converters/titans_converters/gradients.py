@@ -9,7 +9,7 @@ Gradients are with respect to the state as it came in.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,17 +30,22 @@ NORM_EPS = 1e-3
 _LOSS = "loss"
 
 
-def gradient_graphs(model: ir.Model, memories: Sequence[str]) -> dict[str, ir.Model]:
+def gradient_graphs(
+    model: ir.Model, memories: Sequence[str], report: Callable[[str], None] = lambda _: None
+) -> dict[str, ir.Model]:
     """All gradient graphs that a traced graph ``model`` allows, by name.
 
-    One of prediction where it has logits, one of association where its memories are operators of ours,
-    and none where it has no memories.
+    One of prediction where it has logits, one of association where its memories are operators that tell
+    what they are taught, and none where it has no memories. A graph with an operator that has no derivative
+    here has none of prediction; ``report`` is told which.
     """
     found = {}
     if memories and any(value.name == "logits" for value in model.graph.outputs):
-        found["gradient.prediction"] = prediction_gradient(model, memories)
-    operators = [node for node in model.graph if node.domain == memory_op.DOMAIN]
-    if memories and operators:
+        try:
+            found["gradient.prediction"] = prediction_gradient(model, memories)
+        except ValueError as error:
+            report(f"no graph gradient.prediction: {error}")
+    if memories and _layers(_opened(model)[0], model, memories):
         found["gradient.association"] = association_gradient(model, memories)
     return {name: ir.from_proto(proto) for name, proto in found.items()}
 

@@ -108,7 +108,7 @@ def test_the_formula_moves_the_logits(model: tr.Model, chunk: int) -> None:
 
 @pytest.mark.parametrize("text", [b"a" * 200, b"ab" * 100, np.random.default_rng(0).bytes(200)])
 @pytest.mark.parametrize("step", [1e3, 1e6])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", READOUT_OPTIMIZERS)
 def test_extreme_steps_equal_the_formula(model: tr.Model, optimizer: str, step: float, text: bytes) -> None:
     """Logits of up to 1e9: still finite, and those that float64 has."""
     for chunk in (1, 8, 150):

@@ -359,6 +359,10 @@ def _span(axis: int) -> dict[str, int]:
     return {"start": axis} if axis == -1 else {"start": axis, "end": axis + 1}
 
 
+def _zero(tape: Tape, like: str) -> Any:  # noqa: ANN401 - onnx.TensorProto
+    return helper.make_tensor("zero", tape.types.elements.get(like, 1), [1], [0])
+
+
 @rule("Pad")
 def _pad(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
     """The padding taken off again."""
@@ -374,10 +378,19 @@ def _pad(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
 def _gather(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
     """Rows added where they were taken from."""
     data, indices = node.input
-    if attributes(node).get("axis", 0) != 0:
-        raise ValueError("gradient: Gather is differentiated along its first axis alone")
-    last = tape.op("Unsqueeze", indices, tape.ints(-1))
-    return [tape.op("ScatterND", tape.zeros_like(data), last, _only(gradients), reduction="add"), None]
+    last, g = tape.op("Unsqueeze", indices, tape.ints(-1)), _only(gradients)
+    if not attributes(node).get("axis", 0):
+        return [tape.op("ScatterND", tape.zeros_like(data), last, g, reduction="add"), None]
+    rank = tape.rank(data)
+    axis, taken = attributes(node)["axis"] % rank, tape.rank(indices)
+    others = [other for other in range(rank) if other != axis]
+    behind = [other if other < axis else other + taken - 1 for other in others]
+    first = tape.op("Transpose", g, perm=[*range(axis, axis + taken), *behind])
+    sizes = tape.op("Gather", tape.op("Shape", data), tape.ints(axis, *others), axis=0)
+    zeros = tape.op("ConstantOfShape", sizes, value=_zero(tape, data))
+    moved = tape.op("ScatterND", zeros, last, first, reduction="add")
+    back = [[axis, *others].index(place) for place in range(rank)]
+    return [tape.op("Transpose", moved, perm=back), None]
 
 
 @rule("GatherND")
