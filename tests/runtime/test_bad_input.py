@@ -504,6 +504,26 @@ def test_no_file_of_a_bundle_is_unpickled(bundle_copy: Path, name: str) -> None:
         tr.verify(bundle_copy)
 
 
+@pytest.mark.parametrize("form", ["pickle", "torch.save"])
+def test_no_torchscript_file_is_unpickled(bundle_copy: Path, form: str) -> None:
+    """TorchScript has an archive of its own, in which a pickle may name nothing of Python."""
+    import torch
+
+    path = bundle_copy / "model.pt"
+    if form == "pickle":
+        path.write_bytes(pickle.dumps(_Trap()))
+    else:
+        torch.save(_Trap(), path)
+
+    def offer(content: dict[str, Any]) -> None:
+        content["graphs"]["model"]["formats"] = {"torchscript": "model.pt"}
+        content["files"]["model.pt"] = {}
+
+    change_manifest(bundle_copy, offer, rehash=True)
+    with pytest.raises(tr.BundleError, match=r"model\.pt: cannot be loaded"):
+        tr.load(bundle_copy, backend="torchscript")
+
+
 def test_the_runtime_has_nothing_to_execute_or_unpickle_with() -> None:
     forbidden_modules = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "runpy"}
     forbidden_calls = {"eval", "exec", "compile"}

@@ -28,16 +28,16 @@ STREAMS = {
 }
 
 
-def _oracle(checkpoint: Path) -> Callable[[bytes, float], Array]:
-    """Logits of the token loop in float64."""
+def _oracle(checkpoint: Path, dtype: torch.dtype = torch.float64) -> Callable[[bytes, float], Array]:
+    """Logits of the token loop, in float64 unless told otherwise."""
     model = load_checkpoint(checkpoint)
     reference = TitansModel(model.config, Rules(_token_loop_rule, reference_recurrence))
     reference.load_state_dict(model.state_dict())
-    reference = reference.double().eval()
+    reference = reference.to(dtype).eval()
 
     @torch.no_grad()
     def run(text: bytes, edit: float) -> Array:
-        strength = torch.full((1, model.config.layers), edit, dtype=torch.float64)
+        strength = torch.full((1, model.config.layers), edit, dtype=dtype)
         output = reference(torch.tensor([list(text)]), strength, reference.initial_state(1))
         return output.logits[0].numpy()
 
@@ -108,6 +108,8 @@ _GATES = {  # added to the biases of (retention, momentum, step), before the sig
 def test_extreme_gates_equal_the_oracle_or_are_refused(
     tiny_checkpoint: Path, tmp_path: Path, gates: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """To 1e-4, or three times what float32 costs the token loop itself: a momentum that nothing damps lets
+    the memory grow by a factor a token, to 1e22 here, and no float32 program follows float64 there."""
     trained = load_checkpoint(tiny_checkpoint)
     with torch.no_grad():
         for block in trained.blocks:
@@ -122,6 +124,7 @@ def test_extreme_gates_equal_the_oracle_or_are_refused(
             print(f"\n{gates}: refused by the export: {error}")
         return
     model, oracle = tr.load(tmp_path / "bundle", threads=1), _oracle(tmp_path / "checkpoint")
+    in_float32 = _oracle(tmp_path / "checkpoint", torch.float32)
     for name, text in STREAMS.items():
         for edit in (0.0, 0.5, 1.0):
             session = model.session(edit, None)
@@ -135,5 +138,5 @@ def test_extreme_gates_equal_the_oracle_or_are_refused(
             with capsys.disabled():
                 largest = np.abs(oracle(text, edit)).max()
                 print(f"{gates}, {name}, {edit}: {refused or f'{error:.1e}'}, largest logit {largest:.1e}")
-            assert error <= 1e-4
+            assert error <= max(1e-4, 3 * relative_error(in_float32(text, edit), oracle(text, edit)))
             assert not refused or refused.endswith("the session is as it was before the call")
