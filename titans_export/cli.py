@@ -188,11 +188,30 @@ def _add_export(subparsers: Subparsers) -> None:
         metavar="DIR",
         help="also write the model into a model repository of the Triton Inference Server",
     )
+    parser.add_argument(
+        "--quantize",
+        choices=("int8", "int4"),
+        help="store matrices as integers, and multiply as such; never the memory, gates or norms",
+    )
+    parser.add_argument(
+        "--scan",
+        choices=("plugin", "scan", "native"),
+        default="plugin",
+        help="the memory as an operator with a function as its body; as that body, without functions; or as "
+        "onnxruntime's LinearAttention, for a matrix without momentum",
+    )
     parser.set_defaults(handler=_export)
 
 
 def _export(args: argparse.Namespace) -> int:
-    formats = _formats(args.format)
+    formats, weights = _formats(args.format), args.quantize or args.weights
+    if args.quantize and args.weights != "float32":
+        raise UsageError(f"--quantize {args.quantize}: replaces --weights {args.weights}; give one of them")
+    others = [name for name in formats if name != "onnx"]
+    if others and (args.quantize or args.scan == "native"):
+        raise UsageError(
+            f"--format {others[0]}: has no operators of ONNX Runtime; drop --quantize and --scan native"
+        )
     from titans_export.pipeline import export_bundle
 
     if "tensorrt" in formats:  # what is missing is said before minutes of work
@@ -200,7 +219,9 @@ def _export(args: argparse.Namespace) -> int:
 
         require_tensorrt()
     twins = [name for name in TWINS if name in formats]
-    result = export_bundle(args.checkpoint, args.out, report=_note, weights=args.weights, formats=twins)
+    result = export_bundle(
+        args.checkpoint, args.out, report=_note, weights=weights, formats=twins, scan=args.scan
+    )
     print("\n".join(result.lines()))
     print(args.out)
     if args.triton_repository is not None:

@@ -11,14 +11,17 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
+from titans_converters.onnx.lowering import linear_attention_node
 from titans_converters.onnx.trace import memory_node, recurrence_node
 from titans_converters.program import Program, RecurrenceProgram
+from titans_export.config import ModelConfig
 from titans_export.goldens import make_goldens
 from titans_export.memory_layer import Rules, State, StateEntry
 from titans_export.model import TitansModel, state_schema
 from titans_export.programs import model_program, readout_gradient_program
 from titans_export.recurrence_programs import recurrence_programs
 from titans_export.training.checkpoint import CONFIG_FILE, load_checkpoint
+from titans_runtime.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,20 @@ class Exportable(Protocol):
         """Entries of the initial state that are not zero, without their batch axis."""
         ...
 
-    def programs(self) -> list[Program]:
-        """``model`` first, with operators of ours in place of its memory; then its gradients."""
+    def matrices(self) -> list[nn.Parameter]:
+        """What may be quantised: matrices that multiply activations, those of gates excepted."""
+        ...
+
+    def programs(self, scan: str = "plugin", quantised: bool = False) -> list[Program]:
+        """``model`` first, with operators in place of its memory; then its gradients.
+
+        Args:
+            scan: one of :data:`titans_converters.onnx.lowering.SCANS`.
+            quantised: whether :meth:`matrices` were rounded, and must have products of their own.
+
+        Raises:
+            UsageError: this model's memory has no such form; the message says why.
+        """
         ...
 
     def recurrences(self) -> list[RecurrenceProgram]:
@@ -96,10 +111,24 @@ class OwnModel:
         """Memories, where they are learned."""
         return self.model.learned_state()
 
-    def programs(self) -> list[Program]:
+    def matrices(self) -> list[nn.Parameter]:
+        """Projections, feed-forward layers and the head."""
+        return [
+            parameter
+            for name, parameter in self.model.named_parameters()
+            if name.endswith(("in_projection.weight", "out_projection.weight", "up.weight", "down.weight"))
+            or name == "head.weight"
+        ]
+
+    def programs(self, scan: str = "plugin", quantised: bool = False) -> list[Program]:
         """The model, and the gradient of its readout memory."""
-        rules = Rules(exact=memory_node, recurrence=recurrence_node)
-        return [model_program(self.model, rules), readout_gradient_program(self.model.config)]
+        config = self.model.config
+        exact = memory_node
+        if scan == "native":
+            _refuse_native(config)
+            exact = linear_attention_node
+        rules = Rules(exact=exact, recurrence=recurrence_node)
+        return [model_program(self.model, rules, quantised), readout_gradient_program(config)]
 
     def recurrences(self) -> list[RecurrenceProgram]:
         """One for each kind of memory."""
@@ -108,6 +137,21 @@ class OwnModel:
     def goldens(self) -> dict[str, npt.NDArray[np.generic]]:
         """By the token loop in float64."""
         return make_goldens(self.model)
+
+
+def _refuse_native(config: ModelConfig) -> None:
+    """LinearAttention is a matrix with per-token gradients and nothing else."""
+    for found, what in (
+        (config.architecture == "mac", "a memory read within segments"),
+        (config.memory_depth > 0, "an MLP as memory"),
+        (config.period > 1, "a gradient period"),
+        (config.momentum, "momentum"),
+    ):
+        if found:
+            raise UsageError(
+                f"--scan native: this model has {what}, which LinearAttention cannot express; "
+                "choose plugin or scan"
+            )
 
 
 def load_exportable(checkpoint: Path) -> Exportable:

@@ -139,7 +139,7 @@ class MemoryLayer(MemoryBase):
         self.convolution = CausalConv(3 * self.inner, config.conv_kernel) if config.convolution else None
         self.head_norm = RMSNorm(config.head_dim)
         self.out_projection = nn.Linear(self.inner, config.d_model, bias=False)
-        self._grouped: tuple[Tensor, Tensor] | None = None
+        self._grouped: tuple[Tensor, ...] | None = None
 
     @staticmethod
     def input_width(config: ModelConfig) -> int:
@@ -147,14 +147,19 @@ class MemoryLayer(MemoryBase):
         return 4 * config.inner
 
     @torch.no_grad()
-    def group_products(self) -> None:
+    def group_products(self, gates_apart: bool = False) -> None:
         """Group the input's products for an exported graph, with the same weights.
 
         One product for what is convolved, one for all else, gates included. PyTorch splits one wide
         result without a copy; ONNX Runtime copies it, 2 % of a prefill.
+
+        Args:
+            gates_apart: whether the gates have a product of their own, since the others are quantised.
         """
         kept, other = self.in_projection.weight.split([3 * self.inner, self._other_width])
-        self._grouped = kept.clone(), torch.cat([other, self.gates.weight])
+        gates = self.gates.weight
+        rest = (other.clone(), gates.clone()) if gates_apart else (torch.cat([other, gates]),)
+        self._grouped = kept.clone(), *rest
 
     @property
     def _other_width(self) -> int:
@@ -165,8 +170,10 @@ class MemoryLayer(MemoryBase):
         if self._grouped is None:
             projected, other = self.in_projection(x).split([3 * self.inner, self._other_width], dim=-1)
             return projected, other, self.gates(x)
-        projected, rest = (F.linear(x, weight) for weight in self._grouped)
-        other, gates = rest.split([self._other_width, self.gates.out_features], dim=-1)
+        projected, *rest = (F.linear(x, weight) for weight in self._grouped)
+        if len(rest) == 1:
+            rest = list(rest[0].split([self._other_width, self.gates.out_features], dim=-1))
+        other, gates = rest
         return projected, other, gates + self.gates.bias
 
     @staticmethod
@@ -187,10 +194,11 @@ class MemoryLayer(MemoryBase):
         present = {}
         if self.convolution is not None:
             projected, present["conv"] = self.convolution(projected, state["conv"])
-        query, key, value = (
-            split_heads(part, self.heads) for part in F.silu(projected).split(self.inner, dim=-1)
+        addresses, value = split_heads(F.silu(projected), 3 * self.heads).split(
+            [2 * self.heads, self.heads], dim=1
         )
-        projections = l2_normalise(query), l2_normalise(key), value
+        query, key = l2_normalise(addresses).split(self.heads, dim=1)
+        projections = query, key, value
         inputs = gated_inputs(projections, gates.transpose(1, 2), self.form.momentum, self.config.retention)
         names = list(memory_entries(self.config))
         carry = tuple(state[name] for name in names)

@@ -137,11 +137,11 @@ class TitansModel(nn.Module):
             state[name] = tensor.expand(batch, *tensor.shape)
         return state
 
-    def group_products(self) -> None:
+    def group_products(self, gates_apart: bool = False) -> None:
         """See :meth:`titans_export.memory_layer.MemoryLayer.group_products`."""
         for memory in self._memories():
             if isinstance(memory, MemoryLayer):
-                memory.group_products()
+                memory.group_products(gates_apart)
 
     def _memories(self) -> list[MemoryLayer | MemoryAsContextLayer]:
         return [block.memory for block in self.blocks if isinstance(block, Block)]

@@ -15,6 +15,8 @@ from safetensors.numpy import save as save_arrays
 from titans_converters.gradients import gradient_graphs
 from titans_converters.onnx.files import write_models
 from titans_converters.onnx.function import OPSET
+from titans_converters.onnx.lowering import NATIVE_ONNXRUNTIME, lower
+from titans_converters.onnx.quantize import BITS, QuantisedRows
 from titans_converters.onnx.trace import trace
 from titans_converters.program import Axes, Program
 from titans_converters.torchscript import write_torchscript
@@ -28,6 +30,8 @@ from titans_runtime.verify import VerificationReport, verify
 
 EDITING_FILE = "editing.json"
 _TOLERANCE = 1e-4
+# Products of integers round activations to 8 bits, which the goldens of rounded weights do not.
+_TOLERANCES = {"int8": 0.05, "int4": 0.05}
 _IR_VERSION = 10
 _LEAST_ONNXRUNTIME = "1.25"  # 1.24 refuses the operator's body; 1.25, 1.27 and 1.32 were tried
 
@@ -41,6 +45,7 @@ def export_bundle(
     report: Report = lambda _: None,
     weights: str = "float32",
     formats: Sequence[str] = (),
+    scan: str = "plugin",
 ) -> VerificationReport:
     """Export a checkpoint and verify the result against the PyTorch model's token loop.
 
@@ -50,8 +55,9 @@ def export_bundle(
         checkpoint: folder with ``config.json`` and ``weights.safetensors``.
         bundle: folder to write. An intact older bundle there is replaced; anything else is refused.
         report: receives one line per step.
-        weights: dtype in which matrices are stored, ``float32`` or ``float16``. Half of the size; all
-            products and the memory stay in float32, with the rounded weights.
+        weights: how matrices are stored. ``float32``; ``float16``, half of the size, all products in
+            float32; ``int8`` or ``int4``, products of integers. The memory is float32 in all.
+        scan: what stands for the memory, one of :data:`titans_converters.onnx.lowering.SCANS`.
         formats: in which to write every graph beside ONNX: ``torchscript``.
 
     Returns:
@@ -59,20 +65,23 @@ def export_bundle(
 
     Raises:
         DataError: the checkpoint is damaged.
-        UsageError: ``bundle`` holds anything but an intact bundle, or the vocabulary is not one of bytes.
+        UsageError: ``bundle`` holds anything but an intact bundle, the vocabulary is not one of bytes, or
+            the model's memory has no form ``scan``.
         CheckFailed: the exported graphs do not reproduce the model; nothing is written.
         EnvironmentProblem: the disk is full or cannot be written; an older bundle is as it was.
     """
     _refuse_foreign_folder(bundle)
     model, editing = load_exportable(checkpoint), read_editing(checkpoint)
-    if weights == "float16":
-        round_to_half(model.module)
+    quantised = _round(model, weights)
+    programs, recurrences = model.programs(scan, quantised is not None), model.recurrences()
     with folder_beside(bundle) as work:
         report("tracing the model and its gradient")
-        programs, recurrences = model.programs(), model.recurrences()
         traced = {program.name: trace(program, recurrences) for program in programs}
-        gradients = gradient_graphs(traced["model"], editable_memories(model), report)
-        files = [*write_models(traced | gradients, work, weights), *_write_learned_state(model, work)]
+        gradients = gradient_graphs(
+            _differentiable(model, traced["model"], scan, weights), editable_memories(model), report
+        )
+        graphs = {name: lower(graph, scan) for name, graph in traced.items()} | gradients
+        files = [*write_models(graphs, work, weights, quantised), *_write_learned_state(model, work)]
         twins = {}
         for name in formats:
             report(f"writing {name}")
@@ -82,7 +91,7 @@ def export_bundle(
         write_atomically(work / bundles.GOLDENS_NAME, save_arrays(model.goldens()))
         files.append(bundles.GOLDENS_NAME)
         bundles.write_manifest(
-            work, _manifest(model, programs, gradients, work, files, editing, weights, twins)
+            work, _manifest(model, programs, gradients, work, files, editing, weights, scan, twins)
         )
         report("replaying the goldens in ONNX Runtime")
         result = verify(work)
@@ -94,6 +103,31 @@ def export_bundle(
             result = VerificationReport(result.checks + twin.checks, result.placements)
         replace_folder(bundle, work)
     return result
+
+
+def _differentiable(model: Exportable, traced: ir.Model, scan: str, weights: str) -> ir.Model:
+    """The graph that gradients are taken of: ONNX Runtime's own operator has none."""
+    if scan != "native":
+        return traced
+    return trace(model.programs(quantised=weights in BITS)[0], model.recurrences())
+
+
+def _round(model: Exportable, weights: str) -> QuantisedRows | None:
+    """Round matrices to what ``weights`` can hold; the codes, where those are integers."""
+    if weights == "float16":
+        round_to_half(model.module)
+    if weights not in BITS:
+        return None
+    if not model.matrices():
+        raise UsageError(
+            f"--quantize {weights}: this model's products all stand within its recurrence, which stays "
+            "float32; use --weights float16"
+        )
+    quantised = QuantisedRows(weights)
+    with torch.no_grad():
+        for matrix in model.matrices():
+            matrix.copy_(torch.from_numpy(quantised.round(matrix.numpy())))
+    return quantised
 
 
 def read_editing(checkpoint: Path) -> dict[str, Any]:
@@ -137,23 +171,25 @@ def _manifest(
     files: list[str],
     editing: dict[str, Any],
     weights: str,
+    scan: str,
     twins: dict[str, dict[str, str]],
 ) -> bundles.Manifest:
-    facts = model.facts()
+    facts, tolerance = model.facts(), _TOLERANCES.get(weights, _TOLERANCE)
+    onnxruntime = NATIVE_ONNXRUNTIME if scan == "native" else _LEAST_ONNXRUNTIME
     return bundles.Manifest.create(
         producer={
             name: version(name)
             for name in ("titans-export", "titans-converters", "torch", "onnx", "onnxscript")
         },
-        requires={"onnxruntime": _LEAST_ONNXRUNTIME, "ir_version": _IR_VERSION, "opset": OPSET},
-        model=facts.model | {"weights": weights},
+        requires={"onnxruntime": onnxruntime, "ir_version": _IR_VERSION, "opset": OPSET},
+        model=facts.model | {"weights": weights, "scan": scan},
         tokenizer=facts.tokenizer,
         vocab_size=facts.vocab_size,
         edit_layers=facts.edit_layers,
         graphs={program.name: _graph(program, twins) for program in programs}
         | {name: _gradient_graph(name, graph) for name, graph in gradients.items()},
         state=_state(model),
-        tolerances={"atol": _TOLERANCE, "rtol": _TOLERANCE},
+        tolerances={"atol": tolerance, "rtol": tolerance},
         recommended=editing,
         files={name: bundles.file_entry(folder / name) for name in files},
     )

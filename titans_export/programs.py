@@ -14,12 +14,15 @@ from titans_export.model import Rules, TitansModel, initial_state, state_schema
 _BATCH, _TOKENS = 11, 37
 
 
-def model_program(model: TitansModel, rules: Rules) -> Program:
-    """The program ``model``, with ``rules`` in place of the reference ones."""
+def model_program(model: TitansModel, rules: Rules, gates_apart: bool = False) -> Program:
+    """The program ``model``, with ``rules`` in place of the reference ones.
+
+    ``gates_apart``: see :meth:`titans_export.memory_layer.MemoryLayer.group_products`.
+    """
     config = model.config
     copy = TitansModel(config, rules)
     copy.load_state_dict(model.state_dict())
-    copy.group_products()
+    copy.group_products(gates_apart)
     state = initial_state(config, _BATCH)
     axes = state_axes(config)
     present_dtypes = {f"present.{name}": entry.dtype for name, entry in state_schema(config).items()}

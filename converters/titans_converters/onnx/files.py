@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from titans_converters.onnx.quantize import CONTRIB, QuantisedRows
 from titans_runtime.bundle import WEIGHTS_NAME
 from titans_runtime.files import write_atomically
 
@@ -17,7 +18,12 @@ _INLINE_BYTES = 1024  # smaller tensors are scalars and shapes, which graph opti
 _ALIGNMENT = 4096  # a page: lets a runtime map the file
 
 
-def write_models(models: Mapping[str, ir.Model], folder: Path, weights_dtype: str = "float32") -> list[str]:
+def write_models(
+    models: Mapping[str, ir.Model],
+    folder: Path,
+    weights_dtype: str = "float32",
+    quantised: QuantisedRows | None = None,
+) -> list[str]:
     """Write ``<name>.onnx`` for every model and one ``weights.bin`` for all of them.
 
     Equal tensors are stored once, whichever graphs they belong to.
@@ -27,15 +33,19 @@ def write_models(models: Mapping[str, ir.Model], folder: Path, weights_dtype: st
         folder: where to write.
         weights_dtype: ``float16`` stores every matrix whose values float16 holds exactly as such, behind
             a cast to float32 that a runtime folds when it loads the graph; ``float32`` stores as is.
+        quantised: matrices that ``model`` has as codes and scales, and multiplies with as such. Gradients
+            multiply with their transposes, too, and have them in float32.
 
     Returns:
         Names of the files written.
     """
     weights = _Weights()
     protos = {f"{name}.onnx": ir.to_proto(model) for name, model in models.items()}
-    for proto in protos.values():
+    for file, proto in protos.items():
         if weights_dtype == "float16":
             _store_halves(proto.graph)
+        if file == "model.onnx" and quantised is not None and quantised.replace_products(proto.graph):
+            proto.opset_import.append(onnx.helper.make_opsetid(CONTRIB, 1))
         _externalise(proto, weights)
     write_atomically(folder / WEIGHTS_NAME, bytes(weights.content))
     for file, proto in protos.items():

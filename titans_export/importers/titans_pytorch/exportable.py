@@ -22,6 +22,7 @@ from titans_export.importers.titans_pytorch.transformer import TransformerModel
 from titans_export.memory_layer import Rules, StateEntry
 from titans_export.recurrence import Core, Tensors
 from titans_export.recurrence_programs import recurrence_program
+from titans_runtime.errors import UsageError
 
 # Example sizes for tracing: unlike each other and unlike any fixed size of a sensible model.
 _BATCH, _TOKENS = 11, 37
@@ -74,8 +75,18 @@ class ImportedModel:
         """The memories, and what their gradients are taken at."""
         return self.model.learned_state()
 
-    def programs(self) -> list[Program]:
+    def matrices(self) -> list[nn.Parameter]:
+        """None: all products stand within the recurrence."""
+        return []
+
+    def programs(self, scan: str = "plugin", quantised: bool = False) -> list[Program]:
         """The model."""
+        del quantised
+        if scan == "native":
+            raise UsageError(
+                "--scan native: an imported model's memory is an MLP with gradients by the chunk, which "
+                "LinearAttention cannot express; choose plugin or scan"
+            )
         streamed = Streamed(self.model, Rules(recurrence=recurrence_node))
         schema = self.state()
         sequence, scores = self._sequence(), self._scores()

@@ -1,0 +1,79 @@
+"""What quantised weights cost in bits per byte, with editing off and on, on held-out text.
+
+    .venv/bin/python -m benchmarks.editing.quantised checkpoints/nano
+
+Every form of the weights is exported, verified, and scores the same bytes, each before the memory sees it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import titans_runtime as tr
+from benchmarks.editing.run import RESULTS, digest, texts
+from titans_export.pipeline import export_bundle
+from titans_runtime.progress import progress_bar
+
+WEIGHTS = ("float32", "float16", "int8", "int4")
+
+
+def main() -> None:
+    """Measure, print the table, write the results file."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--limit", type=int, default=8192, help="bytes of every text")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    measured = {weights: measure(args.checkpoint, weights, args.limit, args.threads) for weights in WEIGHTS}
+    record = {
+        "command": f"python -m benchmarks.editing.quantised {args.checkpoint} --limit {args.limit}",
+        "weights": digest(args.checkpoint),
+        "machine": platform.machine(),
+        "versions": {name: version(name) for name in ("torch", "onnxruntime", "titans-runtime")},
+        "measured": measured,
+    }
+    (RESULTS / "quantised.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (RESULTS / "quantised.md").write_text(table(measured) + "\n", encoding="utf-8")
+    print(table(measured))
+
+
+def measure(checkpoint: Path, weights: str, limit: int, threads: int) -> dict[str, float]:
+    """Bytes of the weights file, and bits per byte by kind of text, off and on."""
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = Path(folder, "bundle")
+        export_bundle(checkpoint, bundle, weights=weights)
+        model = tr.load(bundle, threads=threads)
+        row: dict[str, float] = {"bytes": (bundle / "weights.bin").stat().st_size}
+        for kind, sources in texts().items():
+            parts = [source.data[:limit] for source in sources]
+            for side, settings in (("off", {"edit": 0.0, "editor": None}), ("on", {})):
+                bits = 0.0
+                for part in progress_bar(parts, f"{weights}, {kind}, {side}", "file"):
+                    bits += float(tr.score(model.session(**settings), part).bits.sum(dtype=float))
+                row[f"{kind}, {side}"] = bits / sum(map(len, parts))
+    return row
+
+
+def table(measured: dict[str, dict[str, float]]) -> str:
+    """Markdown: bits per byte, and the change against float32."""
+    first = measured["float32"]
+    columns = [name for name in first if name != "bytes"]
+    lines = [
+        "| weights | MB | " + " | ".join(columns) + " |",
+        "|---|---|" + "---|" * len(columns),
+    ]
+    for weights, row in measured.items():
+        cells = [f"{row[name]:.4f} ({100 * (row[name] / first[name] - 1):+.2f} %)" for name in columns]
+        lines.append(f"| {weights} | {row['bytes'] / 1e6:.1f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
