@@ -53,20 +53,30 @@ class ReadoutKey(nn.Module):
         hidden = l2_normalise((features - self.mean) @ self.whitening)
         window = torch.cat([past_ids, input_ids], dim=1)
         tokens = input_ids.shape[1]
-        rows = [
-            features.shape[-1] + index * self.buckets + self._hash(window, tokens, length)
-            for index, length in enumerate(self.contexts)
-        ]
-        return hidden, torch.stack(rows, dim=-1), window[:, tokens:]
+        first = torch.tensor(
+            [features.shape[-1] + index * self.buckets for index in range(len(self.contexts))],
+            device=input_ids.device,
+        )
+        return hidden, first + self._hash(window, tokens), window[:, tokens:]
 
-    def _hash(self, window: Tensor, tokens: int, length: int) -> Tensor:
-        """Bucket of the last ``length`` tokens at every position: ``(B, T)`` int64."""
-        start = self.tail - (length - 1)
-        code = window[:, start : start + tokens] + 1
-        for offset in range(1, length):
-            token = window[:, start + offset : start + offset + tokens] + 1
-            code = (code * _HASH_BASE + token) % _HASH_PRIME
-        return code % self.buckets
+    def _hash(self, window: Tensor, tokens: int) -> Tensor:
+        """Buckets of the last tokens at every position, for every length of context: ``(B, T, contexts)``.
+
+        ``Σ_i (token_{t-i} + 1) baseⁱ mod prime``, for all lengths at once; the sums stay far below 2⁶³.
+        """
+        places = torch.arange(tokens, device=window.device)[:, None]
+        recent = window[:, places + torch.arange(self.tail + 1, device=window.device)]  # (B, T, tail + 1)
+        # Not a matrix product: on accelerators integers have none.
+        code = ((recent + 1)[..., None] * self._powers(window.device)).sum(-2)
+        return code % _HASH_PRIME % self.buckets
+
+    def _powers(self, device: torch.device) -> Tensor:
+        """``baseⁱ mod prime`` for the token ``i`` places back; 0 beyond a context's length."""
+        columns = [
+            [pow(_HASH_BASE, i, _HASH_PRIME) if i < length else 0 for i in range(self.tail, -1, -1)]
+            for length in self.contexts
+        ]
+        return torch.tensor(columns, device=device).t()
 
 
 def read_logits(readout: Tensor, key: Tensor, rows: Tensor, scale: float) -> Tensor:

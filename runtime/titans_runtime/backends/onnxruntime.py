@@ -14,6 +14,7 @@ import numpy as np
 
 from titans_runtime.backends import ON_HOST, Array, Call, Graph, Residence
 from titans_runtime.backends.mirror import Mirrors, is_state, whole
+from titans_runtime.backends.pages import large_pages
 from titans_runtime.backends.placement import RECORD, Placement, check_placement, read_placement
 from titans_runtime.bundle import WEIGHTS_NAME, Bundle
 from titans_runtime.errors import BundleError, EnvironmentProblem, TitansError, UsageError
@@ -144,6 +145,7 @@ class OnnxRuntimeBackend:
         """
         listed = self._bundle.manifest.files.get(WEIGHTS_NAME)
         if _CAN_MAP and listed and listed.size >= _MAPPED_FROM:
+            until_loaded.enter_context(large_pages())
             until_loaded.enter_context(self._bundle.hold(WEIGHTS_NAME))
             # By descriptor: whatever is renamed, this is the folder. ONNX Runtime refuses paths out of it.
             folder = os.open(self._bundle.folder, os.O_RDONLY | os.O_DIRECTORY)
