@@ -28,12 +28,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--limit", type=int, default=8192, help="bytes of every text")
+    parser.add_argument("--limit", type=int, default=8192, help="bytes of every file")
+    parser.add_argument("--files", type=int, default=16, help="of a kind, the longest ones")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    measured = {weights: measure(args.checkpoint, weights, args.limit, args.threads) for weights in WEIGHTS}
+    measured = {weights: measure(args, weights) for weights in WEIGHTS}
     record = {
-        "command": f"python -m benchmarks.editing.quantised {args.checkpoint} --limit {args.limit}",
+        "command": f"python -m benchmarks.editing.quantised {args.checkpoint} --limit {args.limit} "
+        f"--files {args.files}",
         "weights": digest(args.checkpoint),
         "machine": platform.machine(),
         "versions": {name: version(name) for name in ("torch", "onnxruntime", "titans-runtime")},
@@ -44,15 +46,16 @@ def main() -> None:
     print(table(measured))
 
 
-def measure(checkpoint: Path, weights: str, limit: int, threads: int) -> dict[str, float]:
+def measure(args: argparse.Namespace, weights: str) -> dict[str, float]:
     """Bytes of the weights file, and bits per byte by kind of text, off and on."""
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder, "bundle")
-        export_bundle(checkpoint, bundle, weights=weights)
-        model = tr.load(bundle, threads=threads)
+        export_bundle(args.checkpoint, bundle, weights=weights)
+        model = tr.load(bundle, threads=args.threads)
         row: dict[str, float] = {"bytes": (bundle / "weights.bin").stat().st_size}
         for kind, sources in texts().items():
-            parts = [source.data[:limit] for source in sources]
+            longest = sorted(sources, key=lambda source: -len(source.data))[: args.files]
+            parts = [source.data[: args.limit] for source in longest]
             for side, settings in (("off", {"edit": 0.0, "editor": None}), ("on", {})):
                 bits = 0.0
                 for part in progress_bar(parts, f"{weights}, {kind}, {side}", "file"):
