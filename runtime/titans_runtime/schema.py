@@ -13,7 +13,7 @@ import types
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from titans_runtime.editor import MAX_CHUNK, MAX_STEP, OBJECTIVES, OPTIMIZERS, Editor
+from titans_runtime.editor import MAX_CHUNK, MAX_STEP, OPTIMIZERS, Editor
 from titans_runtime.files import write_atomically
 from titans_runtime.manifest import (
     DTYPES,
@@ -93,7 +93,7 @@ _FIELDS: dict[type, dict[str, Schema]] = {
     },
     FileEntry: {"sha256": _SHA256, "size": _COUNT},
     Editor: {
-        "objective": {"enum": list(OBJECTIVES)},
+        "objective": {"type": "string", "pattern": "^[a-z][a-z0-9_]*$"},
         "optimizer": {"enum": list(OPTIMIZERS)},
         "step": {"type": "number", "minimum": 0, "maximum": MAX_STEP},
         "chunk": {"type": "integer", "minimum": 1, "maximum": MAX_CHUNK},
