@@ -1,0 +1,115 @@
+"""A transformer of titans-pytorch, exported: streamed, restored, and its gradient graph against autograd."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import titans_runtime as tr
+from tests.titans_export.importers.cases import TRANSFORMER_BASE
+from titans_export.importers.titans_pytorch.checkpoint import LIBRARY, save_imported
+from titans_export.importers.titans_pytorch.core import Streamed
+from titans_export.importers.titans_pytorch.options import TransformerOptions, to_dict
+from titans_export.importers.titans_pytorch.transformer import TransformerModel
+from titans_export.pipeline import export_bundle
+from titans_runtime.backends import Array
+
+pytestmark = pytest.mark.suite("titans-pytorch")
+
+_ARGUMENTS = TRANSFORMER_BASE | {"num_longterm_mem_tokens": 2, "sliding_window_attn": True}
+
+
+@pytest.fixture(scope="module")
+def trained() -> TransformerModel:
+    model = TransformerModel(TransformerOptions.read(dict(_ARGUMENTS))).eval()
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model(trained: TransformerModel, tmp_path_factory: pytest.TempPathFactory) -> tr.Model:
+    folder = tmp_path_factory.mktemp("imported")
+    config: dict[str, Any] = {"library": LIBRARY, "class": "MemoryAsContextTransformer", "tokenizer": "ids"}
+    save_imported(trained, config | {"options": to_dict(trained.options)}, folder / "checkpoint")
+    export_bundle(folder / "checkpoint", folder / "bundle")  # fails unless the token loop's goldens are met
+    return tr.load(folder / "bundle", threads=1)
+
+
+def _ids(*shape: int, seed: int = 0) -> Array:
+    ids: Array = np.random.default_rng(seed).integers(0, 32, shape)
+    return ids
+
+
+@pytest.mark.parametrize("lengths", [[60], [1] * 60, [7, 1, 1, 12, 3, 36]])
+def test_a_stream_cut_anywhere(trained: TransformerModel, model: tr.Model, lengths: list[int]) -> None:
+    ids, session, start, logits = _ids(60), model.session(), 0, []
+    for length in lengths:
+        logits.append(session.append(ids[start : start + length]))
+        start += length
+    stream = Streamed(trained)
+    with torch.no_grad():
+        expected = stream(torch.tensor(ids)[None], torch.ones(1, 2), *stream.initial_state(1))[0][0].numpy()
+    assert np.abs(np.concatenate(logits) - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("position", [5, 8, 9, 17])
+def test_a_session_is_saved_wherever_it_stands(model: tr.Model, tmp_path: Path, position: int) -> None:
+    session = model.session()
+    session.append(_ids(position))
+    session.save(tmp_path / "memory")
+    again, following = model.load_session(tmp_path / "memory"), _ids(21, seed=1)
+    assert np.array_equal(again.append(following), session.append(following))
+
+
+def test_the_gradient_of_prediction_is_autograds(trained: TransformerModel, model: tr.Model) -> None:
+    tokens = 13
+    ids, targets = _ids(2, tokens), _ids(2, tokens, seed=1)
+    targets[0, 3] = -1
+    stream, edit = Streamed(trained), torch.ones(2, 2)
+    with torch.no_grad():
+        _, *state = stream(torch.tensor(_ids(2, 11, seed=2)), edit, *stream.initial_state(2))
+    past = dict(zip(trained.state(), state, strict=True))
+    memories = [name for name, entry in trained.state().items() if entry.role == "memory"]
+    leaves = {name: past[name].detach().clone().requires_grad_() for name in memories}
+    logits = stream(torch.tensor(ids), edit, *(past | leaves).values())[0].log_softmax(-1)
+    known = torch.tensor(targets) >= 0
+    chosen = logits.gather(-1, torch.tensor(targets).clamp(min=0)[..., None])[..., 0]
+    loss = -(chosen * known).sum(-1)
+    gradients = torch.autograd.grad(loss.sum(), list(leaves.values()))
+
+    spec = model.manifest.graphs["gradient.prediction"]
+    given = {"input_ids": ids, "target_ids": targets, "edit": edit.numpy()}
+    given |= {f"past.{name}": tensor.detach().contiguous().numpy() for name, tensor in past.items()}
+    sizes = {"batch": 2, "tokens": tokens}
+    found: dict[str, Array] = {
+        tensor.name: np.zeros([sizes.get(str(axis), axis) for axis in tensor.shape], np.float32)
+        for tensor in spec.outputs
+    }
+    inputs = {tensor.name: given[tensor.name] for tensor in spec.inputs}
+    model.backend.graph("gradient.prediction").bind(inputs, found).run()
+    assert np.allclose(found["loss"], loss.detach().numpy(), rtol=1e-4)
+    for name, gradient in zip(memories, gradients, strict=True):
+        error = np.abs(found[f"grad.{name}"] - gradient.numpy()).max()
+        assert error <= 1e-4 * max(float(gradient.abs().max()), 1e-3), name
+
+
+def test_learning_from_a_text_makes_it_likelier(model: tr.Model) -> None:
+    text = _ids(24, seed=3)
+    plain, learned = (model.session(edit=0.0, editor=None) for _ in range(2))
+    plain.append(text)
+    learned.observe(text, editor=tr.Editor(objective="prediction", step=0.05, chunk=24))
+
+    def loss(session: tr.Session) -> float:
+        """Of the text once more, from the same place."""
+        scores = session.append(text).astype(np.float64)
+        scores -= np.log(np.exp(scores).sum(-1, keepdims=True))
+        return float(-scores[np.arange(23), text[1:]].mean())
+
+    assert loss(learned) < loss(plain)
