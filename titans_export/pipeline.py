@@ -31,7 +31,7 @@ from titans_runtime.verify import VerificationReport, verify
 EDITING_FILE = "editing.json"
 _TOLERANCE = 1e-4
 # Products of integers round activations to 8 bits, which the goldens of rounded weights do not; a model with
-# another strength of editing than it was trained with lets that grow: `nano` to a tenth of its momentum.
+# another strength of editing than it was trained with lets that grow: `nano` to a fifth of its state.
 _TOLERANCES = {"int8": 0.25, "int4": 0.25}
 _IR_VERSION = 10
 _LEAST_ONNXRUNTIME = "1.25"  # 1.24 refuses the operator's body; 1.25, 1.27 and 1.32 were tried
