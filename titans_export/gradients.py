@@ -38,7 +38,8 @@ def prediction(
     Returns:
         ``loss (B,)`` and ``grad.<memory>``.
     """
-    differentiable = _with_rules(model, Rules())
+    own = next(iter(model.blocks)).memory.rules  # type: ignore[union-attr]
+    differentiable = model if own == Rules() else _with_rules(model, Rules())
     leaves = {name: state[name].detach().requires_grad_() for name in editable(model)}
     with torch.enable_grad():
         logits = differentiable(input_ids, edit, state | leaves).logits

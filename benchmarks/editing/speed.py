@@ -1,0 +1,132 @@
+"""The open editor beside PyTorch autograd, doing the same: a gradient of a whole period, by all memories.
+
+    .venv/bin/python -m benchmarks.editing.speed [--preset nano] [--tokens 32] [--rounds 15]
+
+Both sides have the same random weights, tokens and state; their gradients are compared first. Then they run
+alternately in one process, one thread: the gradient alone, and a whole lesson (gradient, step, and the model
+run again over the period). PyTorch runs eagerly, with the fast forms that training uses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import titans_runtime as tr
+from benchmarks.editing.run import RESULTS
+from titans_export.config import PRESETS
+from titans_export.gradients import editable, prediction
+from titans_export.model import TitansModel
+from titans_export.pipeline import export_bundle
+from titans_export.training.checkpoint import save_checkpoint
+from titans_runtime.memories import MemoriesEditor
+from titans_runtime.progress import progress_bar
+
+STEP = 0.01
+
+
+def main() -> None:
+    """Compare, time, write the results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", default="nano")
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=15)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = TitansModel(PRESETS[args.preset]).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        save_checkpoint(model, Path(folder, "checkpoint"))
+        export_bundle(Path(folder, "checkpoint"), Path(folder, "bundle"))
+        pairs = sides(model, tr.load(Path(folder, "bundle"), threads=1), args.tokens)
+        result = {"preset": args.preset, "tokens": args.tokens} | timed(pairs, args.rounds)
+    path = RESULTS / f"editing-speed-{args.preset}-{args.tokens}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=1))
+
+
+Side = tuple[Callable[[], object], Callable[[], object]]
+
+
+def sides(model: TitansModel, exported: tr.Model, tokens: int) -> dict[str, Side]:
+    """What both sides do, after their gradients were compared."""
+    draw = np.random.default_rng(0)
+    warm, ids, targets = (draw.integers(0, 256, count) for count in (64, tokens, tokens))
+    edit, names = torch.ones(1, model.config.layers), editable(model)
+    session = exported.session(edit=1.0, editor=tr.Editor.parse(f"prediction:step={STEP},chunk={tokens}"))
+    with torch.no_grad():
+        state = model.initial_state(1)
+        state |= model(torch.tensor(warm)[None], edit, state).state
+    session._buffers.overwrite(  # noqa: SLF001 - the bench compares what the editor does within
+        {name: tensor.numpy() for name, tensor in state.items() if name in session._buffers.present}  # noqa: SLF001
+    )
+    editor = session._editing.memories  # noqa: SLF001
+    assert isinstance(editor, MemoriesEditor)
+    editor._anchor = session._buffers.copies()  # noqa: SLF001
+    values = {name: editor._anchor[name] for name in names}  # noqa: SLF001
+    batch = torch.tensor(ids)[None], torch.tensor(targets)[None]
+
+    def our_gradient() -> dict[str, np.ndarray]:
+        return editor._evaluate(values, ids, targets)  # noqa: SLF001
+
+    def their_gradient() -> dict[str, torch.Tensor]:
+        return prediction(model, *batch, edit, state)
+
+    expected = their_gradient()
+    for name, array in our_gradient().items():
+        if name.startswith("grad."):
+            error = np.abs(array - expected[name].numpy()).max() / expected[name].abs().max().item()
+            if error > 1e-4:
+                raise SystemExit(f"{name} differs by {error:.1e}: nothing to time")
+
+    def our_lesson() -> None:
+        found = our_gradient()
+        after, _, _ = editor._step(values, found)  # noqa: SLF001
+        editor._write(after, ids)  # noqa: SLF001
+
+    def their_lesson() -> None:
+        found = their_gradient()
+        with torch.no_grad():
+            edited = {name: state[name] - STEP * found[f"grad.{name}"] for name in names}
+            model(batch[0], edit, state | edited)
+
+    return {"gradient": (our_gradient, their_gradient), "lesson": (our_lesson, their_lesson)}
+
+
+def timed(pairs: dict[str, Side], rounds: int) -> dict[str, dict[str, float]]:
+    """Median milliseconds of both sides, alternately, and the median ratio with its range."""
+    result = {}
+    for name, pair in pairs.items():
+        for side in pair:
+            side()
+        times = [[clocked(side) for side in pair] for _ in progress_bar(range(rounds), name, "round")]
+        ratios = sorted(theirs / ours for ours, theirs in times)
+        result[name] = {
+            "ours_ms": 1000 * statistics.median(ours for ours, _ in times),
+            "autograd_ms": 1000 * statistics.median(theirs for _, theirs in times),
+            "ratio": statistics.median(ratios),
+            "least": ratios[0],
+            "most": ratios[-1],
+        }
+    return result
+
+
+def clocked(side: Callable[[], object]) -> float:
+    """Seconds that it takes."""
+    began = time.perf_counter()
+    side()
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    main()

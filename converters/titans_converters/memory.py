@@ -1,0 +1,92 @@
+"""A memory that you wrote: its weights, its answer, its loss → the graph that edits it.
+
+Anything with :class:`Memory`'s three members is traced and differentiated; nothing else need be known
+of it. The graph has the interface of every gradient graph: inputs ``past.<weight>``, here with ``key`` and
+``value`` in place of tokens; outputs ``loss (B,)`` and ``grad.<weight>``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from titans_converters.gradients import gradient
+from titans_converters.onnx.trace import trace
+from titans_converters.program import Axes, Program
+
+# Example sizes for tracing: unlike each other and unlike any fixed size of a sensible memory.
+_BATCH, _TOKENS = 11, 37
+
+
+class Memory(Protocol):
+    """A memory as a pure function of its weights."""
+
+    @property
+    def parameters(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of each weight of one stream, by name; the first axis of a weight is its input's."""
+        ...
+
+    def forward(self, weights: Mapping[str, Tensor], query: Tensor) -> Tensor:
+        """Its answers: ``(B, T, D)`` → ``(B, T, D)``. Weights have a batch axis in front."""
+        ...
+
+    def loss(self, weights: Mapping[str, Tensor], key: Tensor, value: Tensor) -> Tensor:
+        """What editing lowers, ``(B,)``, from keys and values ``(B, T, D)``."""
+        ...
+
+
+def memory_gradient(memory: Memory, width: int, name: str = "gradient.memory") -> onnx.ModelProto:
+    """Trace a memory's loss, and differentiate it by all of its weights.
+
+    Args:
+        memory: the memory.
+        width: ``D`` of keys and values.
+        name: of the graph.
+
+    Raises:
+        ValueError: an operator of the loss has no derivative here; the message names it.
+    """
+    program = _program(memory, name, width, ("key", "value"), {"loss": ("batch",)})
+    return gradient(ir.to_proto(trace(program)), list(memory.parameters), name)
+
+
+def memory_answer(memory: Memory, width: int, name: str = "memory") -> onnx.ModelProto:
+    """The graph of a memory's answers: inputs ``past.<weight>`` and ``query``, output ``answer``."""
+    answer: dict[str, Axes] = {"answer": ("batch", "tokens", width)}
+    proto: onnx.ModelProto = ir.to_proto(trace(_program(memory, name, width, ("query",), answer)))
+    return proto
+
+
+def _program(
+    memory: Memory, name: str, width: int, tokens: tuple[str, ...], outputs: dict[str, Axes]
+) -> Program:
+    axes: dict[str, Axes] = {
+        f"past.{weight}": ("batch", *shape) for weight, shape in memory.parameters.items()
+    }
+    axes |= dict.fromkeys(tokens, ("batch", "tokens", width))
+    sizes = {"batch": _BATCH, "tokens": _TOKENS}
+    inputs = {
+        own: torch.zeros([sizes[a] if isinstance(a, str) else a for a in shape])
+        for own, shape in axes.items()
+    }
+    return Program(name, _Call(memory, "loss" in outputs), inputs, axes, outputs)
+
+
+class _Call(nn.Module):
+    """A memory's answer or loss with its weights as a flat list of tensors."""
+
+    def __init__(self, memory: Memory, loss: bool) -> None:
+        super().__init__()
+        self.memory, self.of_loss = memory, loss
+        self.names = list(memory.parameters)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        weights = dict(zip(self.names, inputs, strict=False))
+        tokens = inputs[len(self.names) :]
+        found = self.memory.loss(weights, *tokens) if self.of_loss else self.memory.forward(weights, *tokens)
+        return (found,)
