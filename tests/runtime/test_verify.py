@@ -52,9 +52,7 @@ def test_a_tolerance_holds_for_the_output_that_it_names(tiny_bundle: Path) -> No
 
 
 def test_a_tolerance_for_an_unknown_output_is_refused(tiny_bundle: Path) -> None:
-    with pytest.raises(
-        tr.UsageError, match=r"atol for 'logit': no such output; the bundle has gate\."
-    ):
+    with pytest.raises(tr.UsageError, match=r"atol for 'logit': no such output; the bundle has gate\."):
         tr.verify(tiny_bundle, {"logit": 1.0})
 
 
