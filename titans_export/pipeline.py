@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from titans_converters.gradients import gradient_graphs
 from titans_converters.onnx.files import write_models
 from titans_converters.onnx.function import OPSET
 from titans_converters.onnx.lowering import NATIVE_ONNXRUNTIME, lower
-from titans_converters.onnx.quantize import BITS, QuantisedRows
+from titans_converters.onnx.quantize import BITS, FLOAT_PRODUCTS, QuantisedRows
 from titans_converters.onnx.trace import trace
 from titans_converters.program import Axes, Program
 from titans_converters.torchscript import write_torchscript
@@ -91,18 +92,28 @@ def export_bundle(
         report("running the reference for the goldens")
         write_atomically(work / bundles.GOLDENS_NAME, save_arrays(model.goldens()))
         files.append(bundles.GOLDENS_NAME)
-        bundles.write_manifest(
-            work, _manifest(model, programs, gradients, work, files, editing, weights, scan, twins)
-        )
+        manifest = partial(_manifest, model, programs, gradients, work, files, editing, weights, scan, twins)
+        if quantised is not None:
+            report("replaying the goldens with activations in float32")
+            write_models(graphs, work, weights, quantised, FLOAT_PRODUCTS)
+            _replay(work, manifest(_TOLERANCE))
+            write_models(graphs, work, weights, quantised)
         report("replaying the goldens in ONNX Runtime")
-        result = verify(work)
-        result.raise_if_failed()
+        result = _replay(work, manifest(_TOLERANCES.get(weights, _TOLERANCE)))
         for name in formats:
             report(f"replaying the goldens in {name}")
             twin = verify(work, backend=name)
             twin.raise_if_failed()
             result = VerificationReport(result.checks + twin.checks, result.placements)
         replace_folder(bundle, work)
+    return result
+
+
+def _replay(folder: Path, manifest: bundles.Manifest) -> VerificationReport:
+    """Complete the bundle by its manifest, and refuse it if it does not reproduce its goldens."""
+    bundles.write_manifest(folder, manifest)
+    result = verify(folder)
+    result.raise_if_failed()
     return result
 
 
@@ -174,8 +185,9 @@ def _manifest(
     weights: str,
     scan: str,
     twins: dict[str, dict[str, str]],
+    tolerance: float,
 ) -> bundles.Manifest:
-    facts, tolerance = model.facts(), _TOLERANCES.get(weights, _TOLERANCE)
+    facts = model.facts()
     onnxruntime = NATIVE_ONNXRUNTIME if scan == "native" else _LEAST_ONNXRUNTIME
     return bundles.Manifest.create(
         producer={

@@ -10,8 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from titans_converters.onnx import quantize
-from titans_converters.onnx.quantize import BLOCK, CONTRIB, QuantisedRows
+from titans_converters.onnx.quantize import BLOCK, CONTRIB, FLOAT_PRODUCTS, QuantisedRows
 
 STEPS = {"int8": 127, "int4": 7}
 
@@ -45,16 +44,13 @@ def _graph(weight: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> o
 
 @pytest.mark.parametrize("weights", STEPS)
 @pytest.mark.parametrize("inputs", [BLOCK, 3 * BLOCK])
-def test_products_are_those_of_the_rounded_matrix(
-    weights: str, inputs: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_products_are_those_of_the_rounded_matrix(weights: str, inputs: int) -> None:
     """Rows of two matrices, joined after they were rounded; activations in float32."""
-    monkeypatch.setattr(quantize, "_LEVEL", 0)
     rows = QuantisedRows(weights)
     joined = np.concatenate([rows.round(_matrix(5, inputs, 1)), rows.round(_matrix(4, inputs, 2))])
     other = _matrix(3, inputs, 3)
     model = _graph(joined, other)
-    assert rows.replace_products(model.graph) == 1
+    assert rows.replace_products(model.graph, FLOAT_PRODUCTS) == 1
     assert [node.op_type for node in model.graph.node] == ["MatMulNBits", "MatMul"]
     assert {tensor.name for tensor in model.graph.initializer} == {"other", "weight.codes", "weight.scales"}
     x = np.random.default_rng(4).standard_normal((1, 7, inputs)).astype(np.float32)

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 import titans_runtime as tr
-from titans_converters.onnx import quantize
+from titans_converters.onnx.quantize import QuantisedRows
 from titans_export.config import PRESETS, ModelConfig
 from titans_export.model import TitansModel
 from titans_export.pipeline import export_bundle
 from titans_export.training.checkpoint import save_checkpoint
 from titans_runtime import cli
-from titans_runtime.verify import verify
+from titans_runtime.backends import Array
+from titans_runtime.errors import CheckFailed
 
 TEXT = bytes(range(97, 97 + 21))
 
@@ -91,14 +92,23 @@ def test_native_refuses_what_it_cannot_express(
     assert not (tmp_path / "out").exists()
 
 
-def test_quantised_weights_keep_all_but_matrices_in_float32(
+def test_scales_that_are_off_by_a_hundredth_are_refused(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Codes and scales reproduce the goldens to 1e-4, activations in float32; then integers, as shipped."""
-    with monkeypatch.context() as patch:
-        patch.setattr(quantize, "_LEVEL", 0)
-        export_bundle(tiny_checkpoint, tmp_path / "exact", weights="int8")
-    assert verify(tmp_path / "exact", atol={"": 1e-4}, rtol=1e-4).passed
+    """Export replays with activations in float32, too, where no rounding hides an error of the weights."""
+    find = QuantisedRows._find
+
+    def off(rows: QuantisedRows, weight: Array) -> list[tuple[Array, Array]] | None:
+        found = find(rows, weight)
+        return found and [(codes, scales * np.float32(1.01)) for codes, scales in found]
+
+    monkeypatch.setattr(QuantisedRows, "_find", off)
+    with pytest.raises(CheckFailed, match="verification failed"):
+        export_bundle(tiny_checkpoint, tmp_path / "int8", weights="int8")
+    assert not (tmp_path / "int8").exists()
+
+
+def test_quantised_weights_keep_all_but_matrices_in_float32(tiny_checkpoint: Path, tmp_path: Path) -> None:
     export_bundle(tiny_checkpoint, tmp_path / "int8", weights="int8")
     manifest = tr.load(tmp_path / "int8").manifest
     assert manifest.model["weights"] == "int8"

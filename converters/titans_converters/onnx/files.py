@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from titans_converters.onnx.quantize import CONTRIB, QuantisedRows
+from titans_converters.onnx.quantize import CONTRIB, INTEGER_PRODUCTS, QuantisedRows
 from titans_runtime.bundle import WEIGHTS_NAME
 from titans_runtime.files import write_atomically
 
@@ -23,6 +23,7 @@ def write_models(
     folder: Path,
     weights_dtype: str = "float32",
     quantised: QuantisedRows | None = None,
+    level: int = INTEGER_PRODUCTS,
 ) -> list[str]:
     """Write ``<name>.onnx`` for every model and one ``weights.bin`` for all of them.
 
@@ -35,6 +36,7 @@ def write_models(
             a cast to float32 that a runtime folds when it loads the graph; ``float32`` stores as is.
         quantised: matrices that ``model`` has as codes and scales, and multiplies with as such. Gradients
             multiply with their transposes, too, and have them in float32.
+        level: what ``quantised`` products are computed in.
 
     Returns:
         Names of the files written.
@@ -44,7 +46,7 @@ def write_models(
     for file, proto in protos.items():
         if weights_dtype == "float16":
             _store_halves(proto.graph)
-        if file == "model.onnx" and quantised is not None and quantised.replace_products(proto.graph):
+        if file == "model.onnx" and quantised is not None and quantised.replace_products(proto.graph, level):
             proto.opset_import.append(onnx.helper.make_opsetid(CONTRIB, 1))
         _externalise(proto, weights)
     write_atomically(folder / WEIGHTS_NAME, bytes(weights.content))

@@ -21,9 +21,9 @@ CONTRIB = "com.microsoft"
 BITS = {"int8": 8, "int4": 4}
 BLOCK = 32
 """Weights of a scale: see the sweep in ``benchmarks/NOTES.md``."""
-_LEVEL = 4
-"""Activations are quantised, too, block by block, for products of integers. In float32, ONNX Runtime
-unpacks an int8 matrix before every product: 20 times slower than with float32 weights."""
+INTEGER_PRODUCTS, FLOAT_PRODUCTS = 4, 0
+"""Accuracy levels of ONNX Runtime. With integers activations are quantised, too, block by block. In float32
+it unpacks an int8 matrix before every product: exact, and 20 times slower than with float32 weights."""
 
 Array = npt.NDArray[Any]
 
@@ -56,7 +56,7 @@ class QuantisedRows:
             self._rows[_digest(row)] = _Row(codes, scale)
         return rounded
 
-    def replace_products(self, graph: onnx.GraphProto) -> int:
+    def replace_products(self, graph: onnx.GraphProto, level: int = INTEGER_PRODUCTS) -> int:
         """Put ``MatMulNBits`` in the place of every product with rounded weights; their number."""
         matrices = {tensor.name: tensor for tensor in graph.initializer if len(tensor.dims) == 2}
         replaced: set[str] = set()
@@ -73,7 +73,8 @@ class QuantisedRows:
                 graph.initializer.append(onnx.numpy_helper.from_array(packed, f"{name}.codes"))
                 graph.initializer.append(onnx.numpy_helper.from_array(scales, f"{name}.scales"))
                 replaced.add(name)
-            node.CopyFrom(self._product(node, *weight.shape))
+            inputs, outputs = weight.shape
+            node.CopyFrom(self._product(node, inputs, outputs, level))
         kept = [tensor for tensor in graph.initializer if tensor.name not in replaced]
         del graph.initializer[:]
         graph.initializer.extend(kept)
@@ -84,7 +85,7 @@ class QuantisedRows:
         found = [(row.packed, row.scales) for row in rows if row is not None]
         return found if len(found) == len(rows) else None
 
-    def _product(self, node: onnx.NodeProto, inputs: int, outputs: int) -> onnx.NodeProto:
+    def _product(self, node: onnx.NodeProto, inputs: int, outputs: int, level: int) -> onnx.NodeProto:
         name = node.input[1]
         return onnx.helper.make_node(
             "MatMulNBits",
@@ -96,7 +97,7 @@ class QuantisedRows:
             N=outputs,
             bits=self.bits,
             block_size=BLOCK,
-            accuracy_level=_LEVEL,
+            accuracy_level=level,
         )
 
     def _unpack(self, packed: Array, scales: Array) -> Array:
