@@ -61,7 +61,7 @@ def exact_program(config: ModelConfig) -> RecurrenceProgram:
     output, *_ = memory_op.OUTPUTS
     shapes = {"row": (tile, dim), "square": (tile, tile), "column": (dim, tile), "scalar": (1, 1)}
     parts: dict[str, Axes] = {name: ("batch", heads, *shapes[kind]) for name, kind in TILE_PARTS.items()}
-    in_tiles: dict[str, Axes] = {"tiles": ("tiles", *_with(wide, tokens=tile)), "query": wide}
+    in_tiles: dict[str, Axes] = {f"tiles.{output}": ("tiles", *_with(wide, tokens=tile)), "query": wide}
 
     def one(*inputs: Tensor) -> Tensors:
         return token_loop(*inputs)

@@ -61,7 +61,7 @@ class RecurrenceProgram:
         one: one token: all inputs → output and state.
         tiles: all inputs → the inputs with an axis of tokens, and ``live``, cut into tiles, tiles first.
         step: one tile: its tokens, state and all other inputs → output and state.
-        rows: ``tiles``, the output of every tile, and all inputs → output.
+        rows: ``tiles.<output>``, the outputs of every tile, and all inputs → output.
         revealed: name of an output, of ``one``, ``step`` and ``rows``, that gradient graphs alone ask for:
             key, value and gates, which the recurrence derives within itself.
     """

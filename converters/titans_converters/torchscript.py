@@ -203,24 +203,31 @@ class _Loop(nn.Module):
         self.step_inputs = [
             _place(name, tiles, list(recurrence.carry), inputs) for name in recurrence.step.inputs
         ]
-        self.row_inputs = [_place(name, ["tiles"], inputs) for name in recurrence.rows.inputs]
+        results, streamed = list(recurrence.step.output_axes), list(recurrence.rows.output_axes)
+        self.streamed = [results.index(name) for name in streamed]
+        self.carried = [i for i in range(len(results)) if i not in self.streamed]
+        self.put_out = [i for i, name in enumerate(recurrence.one.output_axes) if name != recurrence.revealed]
+        self.row_inputs = [
+            _place(name, [f"tiles.{name}" for name in streamed], inputs) for name in recurrence.rows.inputs
+        ]
 
     def forward(self, inputs: list[Tensor]) -> list[Tensor]:
         if inputs[self.counted].size(2) == 1 and not self.is_apart(inputs):
-            return self.one(inputs)  # type: ignore[no-any-return]
+            single: list[Tensor] = self.one(inputs)
+            return [single[i] for i in self.put_out]
         tiles: list[Tensor] = self.tiles([inputs[i] for i in self.tile_inputs])
         carry = [inputs[i] for i in self.carry]
-        outputs: list[Tensor] = []
+        steps: list[list[Tensor]] = []
         for n in range(tiles[0].size(0)):
             if not bool(tiles[self.live][n].any()):  # the last tile is there for rows that begin late
                 break
             known = [tile[n] for tile in tiles] + carry + inputs
             results: list[Tensor] = self.step([known[i] for i in self.step_inputs])
-            outputs.append(results[0])
-            carry = results[1:]
-        known = [torch.stack(outputs)] + inputs  # noqa: RUF005 - TorchScript cannot unpack
+            steps.append(results)
+            carry = [results[i] for i in self.carried]
+        known = [torch.stack([step[i] for step in steps]) for i in self.streamed] + inputs
         rows: list[Tensor] = self.rows([known[i] for i in self.row_inputs])
-        return rows + carry
+        return rows[:1] + carry  # the read comes first; what is revealed is for gradients alone
 
     def is_apart(self, inputs: list[Tensor]) -> bool:
         """Whether a row's token stands at a place that only a tile takes."""

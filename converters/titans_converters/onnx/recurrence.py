@@ -126,7 +126,9 @@ def _tiles(
     for value, name in zip(scan.outputs, (*states, *streamed), strict=True):
         value.name = f"tiles.{name}"
     last = dict(zip(states, scan.outputs, strict=False))
-    bindings = {**inputs, **{f"tiles.{name}": ir.Value(name=name) for name in recurrence.rows.output_axes}}
+    # A trace may read sizes off what is not put out here: its tiles are as many as those of the read.
+    read = scan.outputs[len(states) + streamed.index(recurrence.output)]
+    bindings = {**inputs, **{f"tiles.{name}": read for name in recurrence.rows.output_axes}}
     bindings |= {str(value.name): value for value in scan.outputs[len(states) :]}
     row_nodes, rows = _splice(recurrence.rows, parts, "rows.", bindings, streamed)
     for name, value in last.items():

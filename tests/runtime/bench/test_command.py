@@ -103,7 +103,7 @@ def test_eager_agrees_and_other_weights_are_refused(
         (["-o", "xml"], "unknown; there are md"),
         (["-o", "plot"], "give --out"),
         (["--out", "/no/where/at-all"], "no such folder"),
-        (["--editor", "nothing:"], "editor"),
+        (["--editor", "nothing:"], "cannot be edited by"),
     ],
 )
 def test_a_wrong_option_is_one_line(

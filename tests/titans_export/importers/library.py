@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -23,7 +24,9 @@ Arguments = dict[str, Any]
 
 def library_model(kind: str, arguments: Arguments, seed: int = 0) -> nn.Module:
     """The library's own model, every persistent parameter moved away from what it begins with."""
-    import titans_pytorch
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # what the library imports scripts a function
+        import titans_pytorch
 
     torch.manual_seed(seed)
     given = dict(arguments)
