@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,6 +9,7 @@ from torch import fx
 
 from titans_converters import memory_op
 from titans_converters.program import Program
+from titans_runtime.quiet import quiet
 
 _OPERATOR = "onnx_symbolic::_symbolic_multi_out"
 
@@ -77,11 +75,3 @@ def _check_axes(program: Program, exported: torch.export.ExportedProgram) -> Non
         for axis, size in zip(axes, node.meta["val"].shape, strict=True):
             if isinstance(axis, str) and isinstance(size, int):
                 raise ValueError(f"program {program.name}: {name} has its axis {axis} fixed at {size}")
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep what torch says to itself, deprecations among it, from the user, who can do nothing about it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

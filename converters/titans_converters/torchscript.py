@@ -19,9 +19,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx, nn
 
-from titans_converters.exported import attributes_of, export, operator_of, quiet
+from titans_converters.exported import attributes_of, export, operator_of
 from titans_converters.program import Program, RecurrenceProgram
 from titans_runtime.files import write_atomically
+from titans_runtime.quiet import quiet
 
 FOLDER: Final = "torchscript"
 GRAPH_FILE: Final = "graph.json"

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +10,7 @@ import torch
 from titans_export.peers.eager import TorchRunner, open_model
 from titans_export.peers.flat import ByShape, FlatModel, Tensors
 from titans_runtime.bench.peers import Job
+from titans_runtime.quiet import quiet
 
 _INDUCTOR: dict[str, Any] = {
     "freezing": True
@@ -64,16 +62,3 @@ def load_aoti(job: Job) -> TorchRunner:
         return lambda *tensors: tuple(loaded(*tensors))
 
     return TorchRunner(model, flat.step(ByShape(make)))
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep a tracer's notes from the user, who can do nothing about them."""
-    level = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from titans_export.memory.output import MemoryOutput
 from titans_export.model import Rules, TitansModel, initial_state
-from titans_export.peers.compiled import quiet
 from titans_export.peers.eager import open_model, with_rules
 from titans_export.peers.flat import FlatModel, Tensors
 from titans_export.recurrence import Core
 from titans_runtime.backends import Array, Arrays
 from titans_runtime.bench.peers import Job
+from titans_runtime.quiet import quiet
 from titans_runtime.session import SEGMENT
 
 _BATCH = 1  # PyTorch's scan does not export with a free one

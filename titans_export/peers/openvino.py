@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from titans_export.peers.compiled import quiet
 from titans_export.peers.eager import TorchRunner, open_model
 from titans_export.peers.flat import ByShape, FlatModel, Tensors
 from titans_runtime.bench.openvino import compile_model
 from titans_runtime.bench.peers import Job
 from titans_runtime.optional import optional_import
+from titans_runtime.quiet import quiet
 
 
 def load(job: Job) -> TorchRunner:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import onnx
@@ -18,6 +15,7 @@ from titans_converters.exported import dynamic_shapes
 from titans_converters.onnx import sinkhorn
 from titans_converters.onnx.function import OPSET, neural_memory_function
 from titans_converters.program import Program, RecurrenceProgram
+from titans_runtime.quiet import quiet
 
 Tensors = tuple[Tensor, ...]
 
@@ -129,7 +127,7 @@ def trace_graph(program: Program) -> ir.Graph:
 
 
 def _export(program: Program) -> ir.Model:
-    with _quiet():
+    with quiet():
         exported = torch.onnx.export(
             program.module,
             tuple(program.inputs.values()),
@@ -202,17 +200,3 @@ def _add_sinkhorn_function(model: ir.Model) -> None:
         function = ir.serde.deserialize_function(sinkhorn.sinkhorn_function(*form))
         model.functions[function.identifier()] = function
         model.opset_imports[memory_op.DOMAIN] = memory_op.VERSION
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the tracer's progress notes and deprecations from the user, who can do nothing about them."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
-import logging
 import threading
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -17,6 +14,7 @@ from titans_runtime.backends.placement import Placement
 from titans_runtime.bundle import Bundle
 from titans_runtime.errors import BundleError, EnvironmentProblem
 from titans_runtime.manifest import GraphSpec, Manifest
+from titans_runtime.quiet import quiet
 
 Function = Callable[..., Sequence[Any]]
 """Tensors in the order of a graph's inputs → tensors in the order of its outputs."""
@@ -83,7 +81,7 @@ class TorchScriptBackend:
         file = spec.formats[FORMAT]
         content = self._bundle.read(file)
         try:
-            with _quiet():
+            with quiet():  # TorchScript's deprecation is said once, in the documentation
                 function = self._load(content)
         except Exception as error:  # noqa: BLE001 - torch raises whatever its readers do
             reason = " ".join(str(error).split())[:300]
@@ -148,16 +146,3 @@ def _import_torch() -> Any:  # noqa: ANN401 - a module
             f"the backend {FORMAT} needs PyTorch, which is not installed; pip install torch"
         ) from None
     return torch
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """That TorchScript is deprecated is said once, in the documentation."""
-    level = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
