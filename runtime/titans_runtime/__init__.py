@@ -22,9 +22,10 @@ from titans_runtime.errors import (
     TokenError,
     UsageError,
 )
+from titans_runtime.model import Model, load
 from titans_runtime.report import EditLog, EditReport, Lesson
 from titans_runtime.scoring import Score, score
-from titans_runtime.session import Model, Session, load
+from titans_runtime.session import Session
 from titans_runtime.state import Snapshot
 from titans_runtime.verify import VerificationReport, verify
 

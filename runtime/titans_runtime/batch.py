@@ -18,7 +18,8 @@ from titans_runtime.session import SEGMENT, empty_sequence
 from titans_runtime.tokens import Tokens, checked_input
 
 if TYPE_CHECKING:
-    from titans_runtime.session import Model, Session
+    from titans_runtime.model import Model
+    from titans_runtime.session import Session
 
 
 class Batch:
@@ -32,7 +33,7 @@ class Batch:
     """
 
     def __init__(self, model: Model, sessions: Sequence[Session]) -> None:
-        """Use :meth:`titans_runtime.session.Model.batch`."""
+        """Use :meth:`titans_runtime.model.Model.batch`."""
         if not sessions:
             raise UsageError("batch: no sessions; give one or more")
         if len({id(session) for session in sessions}) != len(sessions):

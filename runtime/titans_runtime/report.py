@@ -108,6 +108,10 @@ class EditLog:
         """Add what a call learnt."""
         self.lessons.extend(report.lessons)
 
+    def rewind(self, count: int) -> None:
+        """Forget all but the first ``count`` lessons: the calls that added them were undone."""
+        del self.lessons[count:]
+
     def __len__(self) -> int:
         """Number of lessons."""
         return len(self.lessons)
@@ -122,7 +126,7 @@ class EditLog:
         Raises:
             EnvironmentProblem: the file cannot be written; an older one is untouched.
         """
-        lines = [json.dumps(_finite(asdict(lesson))) + "\n" for lesson in self.lessons]
+        lines = [json.dumps(_finite(asdict(lesson)), allow_nan=False) + "\n" for lesson in self.lessons]
         write_atomically(Path(path), "".join(lines).encode())
 
     @classmethod
@@ -139,10 +143,8 @@ class EditLog:
             raise DataError(f"{path}: cannot be read ({error})") from None
         for number, line in enumerate(text.splitlines(), 1):
             try:
-                content = json.loads(line)
-                content |= {name: math.nan for name in ("loss", "loss_after") if content[name] is None}
-                log.lessons.append(Lesson(**content))
-            except (ValueError, TypeError, KeyError):
+                log.lessons.append(Lesson(**_read_back(json.loads(line))))
+            except (ValueError, TypeError, AttributeError):
                 raise DataError(f"{path}: line {number} is no lesson of an edit log") from None
         return log
 
@@ -161,8 +163,15 @@ class EditLog:
 
 
 def _finite(content: dict[str, Any]) -> dict[str, Any]:
-    """NaN and infinity as null: JSON knows neither."""
-    return {
+    """NaN and infinity as null, also within: JSON knows neither."""
+    finite = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in content.items()
     }
+    return {name: _finite(value) if isinstance(value, dict) else value for name, value in finite.items()}
+
+
+def _read_back(content: dict[str, Any]) -> dict[str, Any]:
+    """Null as NaN, also within."""
+    known = {name: math.nan if value is None else value for name, value in content.items()}
+    return {name: _read_back(value) if isinstance(value, dict) else value for name, value in known.items()}

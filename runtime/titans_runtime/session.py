@@ -1,20 +1,18 @@
-"""A model, shared and immutable, and its sessions: one stream and one memory each."""
+"""A session: one stream and one memory."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from titans_runtime.backends import DTYPES, Array, Arrays, Call
-from titans_runtime.backends.choose import open_backend
 from titans_runtime.buffers import StateBuffers
-from titans_runtime.bundle import Bundle, initial_state, open_bundle
 from titans_runtime.editing import Editing
 from titans_runtime.editor import Editor
 from titans_runtime.errors import NumericsError, StateError, UsageError
@@ -22,125 +20,14 @@ from titans_runtime.manifest import Manifest
 from titans_runtime.readout import Keys
 from titans_runtime.report import EditLog, EditReport
 from titans_runtime.sampling import Sampling
-from titans_runtime.state import Snapshot, load_snapshot, save_snapshot, with_memories_of
+from titans_runtime.state import Snapshot, save_snapshot, with_memories_of
 from titans_runtime.tokens import Tokens, checked_input
 
 if TYPE_CHECKING:
-    from titans_runtime.batch import Batch
+    from titans_runtime.model import Model
 
 SEGMENT: Final = 512
 """Tokens that the model takes at once; longer input is cut. Bounds a call's memory, but for its result."""
-
-
-class _Recommended:
-    """Marks an argument that was not given: edit as the manifest recommends."""
-
-    def __repr__(self) -> str:
-        return "as the manifest recommends"
-
-
-RECOMMENDED: Final = _Recommended()
-
-
-def load(
-    path: str | os.PathLike[str],
-    providers: Sequence[str] | None = None,
-    threads: int | None = None,
-    backend: str = "onnxruntime",
-) -> Model:
-    """Open a bundle, verify its files and load its model.
-
-    Args:
-        path: bundle folder.
-        providers: ONNX Runtime execution providers by preference; default is the CPU's. One that is
-            not available is an error, never a silent fallback.
-        threads: threads within an operator; default is the backend's choice. Those of PyTorch are the
-            process's.
-        backend: ``onnxruntime``; ``torchscript``, which imports torch, for a bundle exported with that
-            format; or ``tensorrt``, which runs an engine that ``titans engine`` has built.
-
-    Raises:
-        BundleError: a file is missing, altered or of an unknown format, or the bundle lacks the backend's.
-        EnvironmentProblem: the backend, a provider, a device or an engine is missing.
-        UsageError: ``threads`` is no integer from 1 on, ``providers`` is no list, or the backend is unknown.
-    """
-    if threads is not None and not (type(threads) is int and threads >= 1):
-        raise UsageError(f"threads is {threads!r}; it must be an integer, 1 or more")
-    return Model(open_bundle(Path(path)), providers, threads, backend)
-
-
-class Model:
-    """A loaded bundle. Threads may share it; each stream needs a session of its own."""
-
-    def __init__(
-        self,
-        bundle: Bundle,
-        providers: Sequence[str] | None = None,
-        threads: int | None = None,
-        backend: str = "onnxruntime",
-    ) -> None:
-        """See :func:`load`."""
-        self.bundle = bundle
-        self.backend = open_backend(backend, bundle, providers, threads)
-        self.graph = self.backend.graph("model")
-        self.initial = initial_state(bundle)
-
-    @property
-    def manifest(self) -> Manifest:
-        """What the bundle says of itself."""
-        return self.bundle.manifest
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids; 0 for a model of vectors."""
-        return self.manifest.vocab_size
-
-    def session(
-        self,
-        edit: float | Sequence[float] | _Recommended = RECOMMENDED,
-        editor: Editor | _Recommended | None = RECOMMENDED,
-    ) -> Session:
-        """A new stream with an empty memory.
-
-        Args:
-            edit: strength of the fused rule, one number in 0..1 or one per layer; default as the
-                manifest recommends.
-            editor: what the session learns by the open way; None for nothing; default as the
-                manifest recommends.
-
-        Raises:
-            UsageError: ``edit`` is out of range or has the wrong length.
-        """
-        recommended = self.manifest.recommended
-        strength = recommended["edit"] if isinstance(edit, _Recommended) else edit
-        if isinstance(editor, _Recommended):
-            editor = Editor.from_dict(recommended["editor"]) if recommended["editor"] else None
-        return Session(self, checked_edit(strength, self.manifest.edit_layers), editor)
-
-    def batch(self, sessions: Sequence[Session]) -> Batch:
-        """Run several sessions in one call; see :class:`titans_runtime.batch.Batch`.
-
-        Raises:
-            UsageError: there is none, one is given twice, or one belongs to another model.
-        """
-        from titans_runtime.batch import Batch
-
-        return Batch(self, sessions)
-
-    def load_session(self, path: str | os.PathLike[str]) -> Session:
-        """Continue a stream from a memory file.
-
-        Raises:
-            StateError: the file is damaged or belongs to another bundle.
-        """
-        snapshot = load_snapshot(Path(path), self.manifest)
-        try:
-            editor = Editor.from_dict(snapshot.editor) if snapshot.editor else None
-        except (UsageError, TypeError) as error:
-            raise StateError(f"{path}: {error}") from None
-        session = Session(self, snapshot.edit, editor)
-        session.restore(snapshot)
-        return session
 
 
 class Session:
@@ -151,7 +38,7 @@ class Session:
     """
 
     def __init__(self, model: Model, edit: tuple[float, ...], editor: Editor | None) -> None:
-        """Use :meth:`Model.session`."""
+        """Use :meth:`titans_runtime.model.Model.session`."""
         self.model = model
         self._strength = edit
         self.position = 0
@@ -254,6 +141,7 @@ class Session:
         if type(passes) is not int or passes < 1:
             raise UsageError(f"passes is {passes!r}; it must be an integer, 1 or more")
         before, reports = self.snapshot(), []
+        told = self._told()
         try:
             for number in range(passes):
                 if number:
@@ -261,6 +149,7 @@ class Session:
                 reports.append(self.observe(context, editor))
         except BaseException:
             self.restore(before)
+            self._untell(told)
             raise
         return reports
 
@@ -524,7 +413,7 @@ class Session:
             runs: of the model, where they do not follow from the tokens.
         """
         position, last, edit = self.position, self._last_logits, self.edit
-        editing, unfinished = self._editing, self._unfinished
+        editing, unfinished, told = self._editing, self._unfinished, self._told()
         runs = -(-tokens // SEGMENT) if runs is None else runs
         # Whoever edits the layers' memories writes over the state: it is kept, as for several runs.
         rewrites = editing.memories is not None or hands_over
@@ -538,7 +427,18 @@ class Session:
             self._edit[0] = edit
             self._editing, self._unfinished = editing, unfinished
             editing.rewind(pending)
+            self._untell(told)
             raise
+
+    def _told(self) -> tuple[EditReport | None, int]:
+        """What has been reported so far."""
+        return self.last_edit, len(self.log) if self.log is not None else 0
+
+    def _untell(self, told: tuple[EditReport | None, int]) -> None:
+        """Take back reports of what was undone."""
+        self.last_edit, count = told
+        if self.log is not None:
+            self.log.rewind(count)
 
 
 def empty_sequence(manifest: Manifest, batch: int, tokens: int) -> Array:
@@ -546,23 +446,3 @@ def empty_sequence(manifest: Manifest, batch: int, tokens: int) -> Array:
     spec = manifest.sequence
     width = [axis for axis in spec.shape if isinstance(axis, int)]
     return np.zeros((batch, tokens, *width), DTYPES[spec.dtype])
-
-
-def checked_edit(edit: float | Sequence[float], layers: int) -> tuple[float, ...]:
-    """Edit strength per layer from one number or one per layer.
-
-    Raises:
-        UsageError: a value lies outside 0..1, or the length is not the model's number of layers.
-    """
-    try:
-        values = (
-            [float(x) for x in edit] if isinstance(edit, Sequence | np.ndarray) else [float(edit)] * layers
-        )
-    except (TypeError, ValueError):
-        raise UsageError(f"edit is {edit!r}; it must be a number from 0 to 1, or one per layer") from None
-    if len(values) != layers:
-        raise UsageError(f"edit has {len(values)} values; the model has {layers} layers")
-    for value in values:
-        if not 0 <= value <= 1:
-            raise UsageError(f"edit is {value}; it must lie between 0 and 1")
-    return tuple(values)

@@ -408,3 +408,32 @@ def test_a_reader_that_leaves_is_no_error(tiny_bundle: Path) -> None:
     process.stderr.close()
     assert process.wait() == 0
     assert errors == b""
+
+
+def test_run_writes_a_page_and_a_log(tiny_bundle: Path, text: Path, tmp_path: Path, titans: Titans) -> None:
+    page, log = tmp_path / "page.html", tmp_path / "log.jsonl"
+    outcome = titans("run", tiny_bundle, text, "--report", page, "--log", log, "--json")
+    assert outcome.code == 0
+    plain = titans("run", tiny_bundle, text, "--no-edit", "--json").json["bits_per_byte"]
+    content = page.read_text(encoding="utf-8")
+    assert f"<dd>{outcome.json['bits_per_byte']:.3f}</dd>" in content
+    assert f"<dd>{plain:.3f}</dd>" in content
+    lessons = list(tr.EditLog.load(log))
+    assert [lesson.position for lesson in lessons] == list(range(0, len(TEXT) - 4, 4))
+    missing = tmp_path / "no" / "page.html"
+    assert titans("run", tiny_bundle, text, "--report", missing).err.startswith(
+        f"titans: --report {missing}: no"
+    )
+
+
+def test_inspect_compares_two_memories(tiny_bundle: Path, text: Path, tmp_path: Path, titans: Titans) -> None:
+    before, after = tmp_path / "before", tmp_path / "after"
+    titans("run", tiny_bundle, text, "--state-out", before)
+    titans("run", tiny_bundle, text, "--state-in", before, "--state-out", after)
+    found = {one["name"]: one for one in titans("inspect", before, after, "--json").json}
+    assert found["state.readout"]["relative"] > 0.01
+    shown = titans("inspect", before, before)
+    assert shown.code == 0
+    lines = shown.out.splitlines()
+    assert lines[0].split()[0] == "tensor"
+    assert all(line.split()[-2:] == ["0.000", "0.0%"] for line in lines[1:])

@@ -12,8 +12,8 @@ import numpy as np
 from titans_runtime.backends import Array
 from titans_runtime.batch import Batch
 from titans_runtime.bench.peers import Job
+from titans_runtime.model import load as load_model
 from titans_runtime.session import Session
-from titans_runtime.session import load as load_model
 
 
 @dataclass(frozen=True)

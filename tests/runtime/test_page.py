@@ -1,0 +1,53 @@
+"""The page of one stream: the whole text, safely, and nothing from elsewhere."""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from titans_runtime.page import Page
+from titans_runtime.report import Lesson
+
+
+def _page(text: bytes, name: str = "text", lessons: tuple[Lesson, ...] = ()) -> str:
+    bits = np.random.default_rng(0).uniform(0, 9, (2, len(text))).astype(np.float32)
+    return Page(name, text, bits[0], bits[1], lessons, {"bytes": str(len(text))}).render()
+
+
+def _shown(page: str) -> str:
+    """The text as a reader sees it."""
+    found = re.search(r"<pre>(.*)</pre>", page, re.DOTALL)
+    assert found is not None
+    return html.unescape(re.sub(r"</?i[^>]*>", "", found[1]))
+
+
+@given(text=st.binary(min_size=1, max_size=80) | st.text(min_size=1, max_size=30).map(str.encode))
+def test_the_page_shows_every_byte(text: bytes) -> None:
+    assert _shown(_page(text)).replace("\r", "\n") == text.decode("utf-8", "backslashreplace").replace(
+        "\r", "\n"
+    )
+
+
+def test_a_text_and_its_name_cannot_add_to_the_page() -> None:
+    page = _page(b"</pre><script>alert(1)</script> & $name", "<b>name</b>.html")
+    assert page.count("<script>") == 1  # the page's own
+    assert "<b>name" not in page
+    assert _shown(page).endswith("</script> & $name")
+
+
+def test_the_page_asks_nothing_of_a_network() -> None:
+    assert not re.search(r"(src|href)\s*=|url\(|@import|https?:", _page(b"a text of its own"))
+
+
+def test_refusals_are_counted_and_lessons_drawn() -> None:
+    taken = [Lesson("readout", i, 4, 4, 1.0, norms={"readout": 1.0 + i}, steps=1) for i in range(4)]
+    refused = [Lesson("readout", 9, 4, refused="a <reason>"), Lesson("readout", 13, 4, refused="a <reason>")]
+    page = _page(b"some text", lessons=(*taken, *refused))
+    assert "<td>a &lt;reason&gt;</td><td>2</td>" in page
+    assert "gradient norm of every lesson" in page
+    assert "nan" not in _page(b"some text", lessons=(Lesson("readout", 0, 4, 4, math.nan),)).lower()
