@@ -1,0 +1,89 @@
+"""Derivatives of sums, softmaxes and norms."""
+
+from __future__ import annotations
+
+from onnx import NodeProto
+
+from titans_converters.onnx.autodiff import Tape, rule
+from titans_converters.onnx.gradient_rules.common import Gradients, attributes, only
+
+
+def _kept_axes(tape: Tape, node: NodeProto, gradient: str) -> str:
+    """The gradient of a sum, with the axes that it was summed over as axes of size 1."""
+    if attributes(node).get("keepdims", 1) or len(node.input) < 2:
+        return gradient
+    return tape.op("Unsqueeze", gradient, node.input[1])
+
+
+@rule("ReduceSum")
+def _reduce_sum(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
+    g = _kept_axes(tape, node, only(gradients))
+    return [tape.op("Expand", g, tape.op("Shape", node.input[0])), *[None] * (len(node.input) - 1)]
+
+
+@rule("ReduceMean")
+def _reduce_mean(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
+    x, y = node.input[0], node.output[0]
+    g = tape.op("Expand", _kept_axes(tape, node, only(gradients)), tape.op("Shape", x))
+    count = tape.op("Div", tape.op("Size", x), tape.op("Size", y))
+    count = tape.op("Cast", count, to=tape.types.elements.get(x, 1))
+    return [tape.op("Div", g, count), *[None] * (len(node.input) - 1)]
+
+
+@rule("CumSum")
+def _cumsum(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
+    given = attributes(node)
+    back = 1 - given.get("reverse", 0)
+    return [
+        tape.op("CumSum", only(gradients), node.input[1], exclusive=given.get("exclusive", 0), reverse=back),
+        None,
+    ]
+
+
+@rule("Softmax")
+def _softmax(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
+    g, y = only(gradients), node.output[0]
+    axis = tape.ints(attributes(node).get("axis", -1))
+    along = tape.op("ReduceSum", tape.op("Mul", g, y), axis, keepdims=1)
+    return [tape.op("Mul", y, tape.op("Sub", g, along))]
+
+
+@rule("LogSoftmax")
+def _log_softmax(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
+    g, y = only(gradients), node.output[0]
+    axis = tape.ints(attributes(node).get("axis", -1))
+    total = tape.op("ReduceSum", g, axis, keepdims=1)
+    return [tape.op("Sub", g, tape.op("Mul", tape.op("Exp", y), total))]
+
+
+@rule("RMSNormalization")
+def _rms_norm(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
+    """With ``n = x r``, ``r = 1 / √(mean x² + ε)``:  ``r (g w - n mean(g w ∘ n))``."""
+    return _through_norm(tape, node, only(gradients), centred=False)
+
+
+@rule("LayerNormalization")
+def _layer_norm(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
+    """The same for ``x - mean x``, and the mean of the gradient taken out."""
+    return _through_norm(tape, node, only(gradients), centred=True)
+
+
+def _through_norm(tape: Tape, node: NodeProto, g: str, centred: bool) -> Gradients:
+    x, weight = node.input[:2]
+    given = attributes(node)
+    if any(tape.wants(name) for name in node.input[1:]):
+        raise ValueError(f"gradient: {node.op_type} is differentiated by its input alone")
+    if given.get("axis", -1) != -1 and given["axis"] != tape.rank(x) - 1:
+        raise ValueError(f"gradient: {node.op_type} is differentiated over its last axis alone")
+    axis = tape.ints(-1)
+    z = tape.op("Sub", x, tape.op("ReduceMean", x, axis, keepdims=1)) if centred else x
+    variance = tape.op("ReduceMean", tape.op("Mul", z, z), axis, keepdims=1)
+    epsilon = tape.number(given.get("epsilon", 1e-5), x)
+    scale = tape.op("Reciprocal", tape.op("Sqrt", tape.op("Add", variance, epsilon)))
+    normal = tape.op("Mul", z, scale)
+    weighted = tape.op("Mul", g, weight)
+    along = tape.op("ReduceMean", tape.op("Mul", weighted, normal), axis, keepdims=1)
+    inner = tape.op("Sub", weighted, tape.op("Mul", normal, along))
+    if centred:
+        inner = tape.op("Sub", inner, tape.op("ReduceMean", weighted, axis, keepdims=1))
+    return [tape.op("Mul", scale, inner), *[None] * (len(node.input) - 1)]

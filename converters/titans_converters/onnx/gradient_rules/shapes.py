@@ -1,0 +1,125 @@
+"""Derivatives of what moves numbers without changing them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from onnx import NodeProto, helper
+
+from titans_converters.onnx.autodiff import Tape, rule
+from titans_converters.onnx.gradient_rules.common import Gradients, attributes, only
+
+
+@rule("Reshape", "Squeeze", "Unsqueeze", "Flatten")
+def _reshape(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
+    shape = tape.op("Shape", node.input[0])
+    return [tape.op("Reshape", only(gradients), shape), *[None] * (len(node.input) - 1)]
+
+
+@rule("Expand")
+def _expand(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
+    return [tape.summed_to(only(gradients), node.input[0], node.output[0]), None]
+
+
+@rule("Transpose")
+def _transpose(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
+    rank = tape.rank(node.input[0])
+    perm = list(attributes(node).get("perm", reversed(range(rank))))
+    return [tape.op("Transpose", only(gradients), perm=[perm.index(axis) for axis in range(rank)])]
+
+
+@rule("Concat")
+def _concat(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
+    axis = attributes(node)["axis"] % tape.rank(node.output[0])
+    sizes = [tape.op("Shape", name, start=axis, end=axis + 1) for name in node.input]
+    whole = tape.op("Concat", *sizes, axis=0)
+    parts: Gradients = []
+    parts.extend(tape.emit("Split", [only(gradients), whole], len(node.input), axis=axis))
+    return parts
+
+
+@rule("Split")
+def _split(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
+    parts = [gradient or tape.zeros_like(name) for name, gradient in zip(node.output, gradients, strict=True)]
+    given = attributes(node)
+    return [tape.op("Concat", *parts, axis=given.get("axis", 0)), None]
+
+
+@rule("Slice")
+def _slice(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
+    """The gradient between zeros."""
+    x, starts, ends, *rest = node.input
+    steps = tape.types.numbers(rest[1]) if len(rest) > 1 else [1]
+    axes = tape.types.numbers(rest[0]) if rest else list(range(tape.rank(x)))
+    if axes is None or steps is None or set(steps) != {1}:
+        raise ValueError("gradient: Slice is differentiated for constant axes and steps of 1")
+    before, after = zip(
+        *(_room(tape, x, axis, starts, ends, place) for place, axis in enumerate(axes)), strict=True
+    )
+    pads = tape.op("Concat", *before, *after, axis=0)
+    padded = tape.op("Pad", only(gradients), pads, "", tape.ints(*axes))
+    return [padded, *[None] * (len(node.input) - 1)]
+
+
+def _room(tape: Tape, x: str, axis: int, starts: str, ends: str, place: int) -> tuple[str, str]:
+    """How many places of an axis stand before and after those that a slice has taken."""
+    shape, first, last = tape.types.shapes.get(x), tape.types.numbers(starts), tape.types.numbers(ends)
+    size = shape[axis] if shape else None
+    if isinstance(size, int) and first and last:
+        taken = range(size)[first[place] : last[place]]
+        return tape.ints(taken.start), tape.ints(size - taken.stop)
+    count = tape.op("Shape", x, **_span(axis))
+    zero, one = tape.op("Constant", value_int=0), tape.op("Constant", value_int=1)
+    places = tape.op("Range", zero, tape.op("Squeeze", count), one)
+    which = [tape.ints(place), tape.ints(place + 1)]
+    taken_places = tape.op("Slice", places, tape.op("Slice", starts, *which), tape.op("Slice", ends, *which))
+    before = tape.op("Slice", taken_places, tape.ints(0), tape.ints(1))
+    used = tape.op("Add", before, tape.op("Shape", taken_places))
+    return before, tape.op("Sub", count, used)
+
+
+def _span(axis: int) -> dict[str, int]:
+    """Attributes of ``Shape`` for one axis."""
+    return {"start": axis} if axis == -1 else {"start": axis, "end": axis + 1}
+
+
+def _zero(tape: Tape, like: str) -> Any:  # noqa: ANN401 - onnx.TensorProto
+    return helper.make_tensor("zero", tape.types.elements.get(like, 1), [1], [0])
+
+
+@rule("Pad")
+def _pad(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
+    """The padding taken off again."""
+    _, pads, *rest = node.input
+    if attributes(node).get("mode", b"constant") != b"constant":
+        raise ValueError("gradient: Pad is differentiated in its constant mode alone")
+    if len(rest) > 1:
+        raise ValueError("gradient: Pad with axes is not supported")
+    return [tape.op("Pad", only(gradients), tape.op("Neg", pads)), *[None] * (len(node.input) - 1)]
+
+
+@rule("Gather")
+def _gather(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
+    """Rows added where they were taken from."""
+    data, indices = node.input
+    last, g = tape.op("Unsqueeze", indices, tape.ints(-1)), only(gradients)
+    if not attributes(node).get("axis", 0):
+        return [tape.op("ScatterND", tape.zeros_like(data), last, g, reduction="add"), None]
+    rank = tape.rank(data)
+    axis, taken = attributes(node)["axis"] % rank, tape.rank(indices)
+    others = [other for other in range(rank) if other != axis]
+    behind = [other if other < axis else other + taken - 1 for other in others]
+    first = tape.op("Transpose", g, perm=[*range(axis, axis + taken), *behind])
+    sizes = tape.op("Gather", tape.op("Shape", data), tape.ints(axis, *others), axis=0)
+    zeros = tape.op("ConstantOfShape", sizes, value=_zero(tape, data))
+    moved = tape.op("ScatterND", zeros, last, first, reduction="add")
+    back = [[axis, *others].index(place) for place in range(rank)]
+    return [tape.op("Transpose", moved, perm=back), None]
+
+
+@rule("GatherND")
+def _gather_nd(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
+    data, indices = node.input
+    if attributes(node).get("batch_dims", 0):
+        raise ValueError("gradient: GatherND with batch axes is not supported")
+    return [tape.op("ScatterND", tape.zeros_like(data), indices, only(gradients), reduction="add"), None]
