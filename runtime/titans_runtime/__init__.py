@@ -14,6 +14,7 @@ from titans_runtime.editor import Editor
 from titans_runtime.errors import (
     BundleError,
     CheckFailed,
+    ConflictError,
     DataError,
     EnvironmentProblem,
     NumericsError,
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BundleError",
     "CheckFailed",
+    "ConflictError",
     "DataError",
     "Difference",
     "EditLog",

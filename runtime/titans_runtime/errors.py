@@ -35,6 +35,12 @@ class StateError(DataError):
     """A memory that is damaged, or belongs to another bundle."""
 
 
+class ConflictError(TitansError):
+    """A memory that someone else has changed since it was read; it is untouched."""
+
+    exit_code = 1
+
+
 class TokenError(DataError):
     """Token ids that are empty, of the wrong type, or outside the vocabulary."""
 

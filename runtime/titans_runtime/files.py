@@ -38,12 +38,27 @@ def write_atomically(path: Path, content: bytes) -> None:
         if path.exists():
             temporary.chmod(stat.S_IMODE(path.stat().st_mode))
         temporary.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise EnvironmentProblem(f"{path}: cannot be written ({error.strerror})") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it, to stay after a loss of power.
+
+    Raises:
+        EnvironmentProblem: it cannot be made.
+    """
+    try:
+        missing = [one for one in (path, *path.parents) if not one.exists()]
+        path.mkdir(parents=True, exist_ok=True)
+        for one in missing:
+            sync(one.parent)
+    except OSError as error:
+        raise EnvironmentProblem(f"{path}: cannot be made ({error.strerror})") from None
 
 
 def open_without_waiting(path: Path, follow: bool = True) -> io.BufferedReader:
@@ -102,7 +117,7 @@ def replace_folder(path: Path, new: Path) -> None:
                 _swap_by_renames(new, path)
         else:
             new.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise EnvironmentProblem(f"{path}: cannot be replaced ({error.strerror})") from None
 
@@ -139,10 +154,10 @@ def _swap_by_renames(new: Path, path: Path) -> None:
 def _sync_tree(folder: Path) -> None:
     """Flush a folder with all that it holds to the disk."""
     for path in (*folder.rglob("*"), folder):
-        _sync(path)
+        sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Flush a file, or the names in a folder, where the platform lets a folder be opened."""
     if not hasattr(os, "O_DIRECTORY"):
         return

@@ -43,6 +43,7 @@ def test_public_names_and_their_methods_are_documented() -> None:
     [
         (tr.TitansError, 1),
         (tr.CheckFailed, 1),
+        (tr.ConflictError, 1),
         (tr.NumericsError, 1),
         (tr.UsageError, 2),
         (tr.DataError, 3),
@@ -63,7 +64,7 @@ def test_every_public_error_has_been_listed_above() -> None:
         for name in tr.__all__
         if inspect.isclass(getattr(tr, name)) and issubclass(getattr(tr, name), Exception)
     ]
-    assert len(errors) == 9
+    assert len(errors) == 10
 
 
 def test_the_version_is_that_of_the_distribution() -> None:

@@ -1,0 +1,167 @@
+"""Memories as files of one folder. Processes on one machine may share it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+from titans_runtime.errors import EnvironmentProblem
+from titans_runtime.files import make_folder, sync, write_atomically
+from titans_runtime.store.protocol import (
+    Clock,
+    Entry,
+    Stored,
+    check_expected,
+    checked_name,
+    is_live,
+    new_version,
+)
+from titans_runtime.store.record import HEAD, pack, unpack, unpack_head
+
+_SUFFIX: Final = ".memory"
+_LOCKS: Final = ".locks"
+_SHARDS: Final = 256
+
+
+class FileStore:
+    """One file a memory, written beside its place, flushed to the disk, and renamed.
+
+    Readers take no lock: they find the old file or the new one. Writers of one memory wait for each other
+    on a lock file, which the kernel releases when a process dies.
+    """
+
+    def __init__(self, folder: Path, clock: Clock = time.time) -> None:
+        """Open a folder, or make it.
+
+        Raises:
+            EnvironmentProblem: it cannot be made.
+        """
+        self._folder, self._clock = folder, clock
+        make_folder(folder / _LOCKS)
+
+    def get(self, name: str) -> Stored | None:
+        """See :class:`MemoryStore`."""
+        path = self._path(name)
+        try:
+            record = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise EnvironmentProblem(f"{path}: cannot be read ({error.strerror})") from None
+        entry, content = unpack(record, str(path))
+        return Stored(entry, content) if is_live(entry, self._clock) else None
+
+    def entry(self, name: str) -> Entry | None:
+        """See :class:`MemoryStore`."""
+        entry = self._read_entry(self._path(name))
+        return entry if is_live(entry, self._clock) else None
+
+    def put(
+        self,
+        name: str,
+        content: bytes,
+        *,
+        expected: str | None,
+        about: Mapping[str, Any] | None = None,
+        expires: float | None = None,
+    ) -> Entry:
+        """See :class:`MemoryStore`."""
+        path = self._path(name)
+        entry = Entry(name, new_version(), len(content), expires, dict(about or {}))
+        record = pack(entry, content)
+        make_folder(path.parent)
+        with self._locked(name):
+            found = self.entry(name)
+            check_expected(name, found.version if found else None, expected)
+            write_atomically(path, record)
+        return entry
+
+    def delete(self, name: str, expected: str | None = None) -> bool:
+        """See :class:`MemoryStore`."""
+        with self._locked(checked_name(name)):
+            found = self.entry(name)
+            if expected is not None:
+                check_expected(name, found.version if found else None, expected)
+            self._remove(self._path(name))
+        return found is not None
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        """See :class:`MemoryStore`."""
+        for path in self._paths(prefix):
+            entry = self._read_entry(path)
+            if entry is not None and is_live(entry, self._clock):
+                yield entry
+
+    def sweep(self) -> int:
+        """See :class:`MemoryStore`."""
+        removed = 0
+        for path in self._paths(""):
+            entry = self._read_entry(path)
+            if entry is None or is_live(entry, self._clock):
+                continue
+            with self._locked(entry.name):
+                again = self._read_entry(path)  # another put may have come before the lock
+                if again is not None and not is_live(again, self._clock):
+                    self._remove(path)
+                    removed += 1
+        return removed
+
+    def close(self) -> None:
+        """See :class:`MemoryStore`."""
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{checked_name(name)}{_SUFFIX}"
+
+    def _paths(self, prefix: str) -> Iterator[Path]:
+        """Files of memories, by name; temporary files begin with a point."""
+        for folder, inner, names in os.walk(self._folder):
+            inner[:] = [one for one in inner if not one.startswith(".")]
+            for file in names:
+                path = Path(folder, file)
+                if file.startswith(".") or path.suffix != _SUFFIX:
+                    continue
+                if path.relative_to(self._folder).as_posix().startswith(prefix):
+                    yield path
+
+    def _read_entry(self, path: Path) -> Entry | None:
+        try:
+            with path.open("rb") as file:
+                head = file.read(HEAD)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise EnvironmentProblem(f"{path}: cannot be read ({error.strerror})") from None
+        entry = unpack_head(head, str(path))[0]
+        own = path.relative_to(self._folder).as_posix().removesuffix(_SUFFIX)
+        return replace(entry, name=own)  # a file that was copied or renamed goes by its place
+
+    @staticmethod
+    def _remove(path: Path) -> None:
+        try:
+            path.unlink(missing_ok=True)
+            if path.parent.is_dir():
+                sync(path.parent)
+        except OSError as error:
+            raise EnvironmentProblem(f"{path}: cannot be removed ({error.strerror})") from None
+
+    @contextlib.contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        """Be the only writer of a memory, among threads and processes."""
+        shard = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=2).digest()) % _SHARDS
+        path = self._folder / _LOCKS / f"{shard:02x}"
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise EnvironmentProblem(f"{path}: cannot be written ({error.strerror})") from None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,275 @@
+"""Memories in what fsspec reaches and what can create an object only if there is none: S3, GCS, folders.
+
+Such stores do not compare before they set, in general; but they can refuse to create what exists. So a
+memory is a folder of numbered objects, the highest of which is the memory, and a put creates the next
+number. Of two puts on one version one creates it, and the other is refused. Numbers never return: a deleted
+memory ends in an empty object, its tombstone, which is removed a day later, when no put can still be
+under way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from titans_runtime.errors import ConflictError, EnvironmentProblem, TitansError
+from titans_runtime.optional import optional_import
+from titans_runtime.store.protocol import (
+    Clock,
+    Entry,
+    Stored,
+    check_expected,
+    checked_name,
+    is_live,
+    new_version,
+)
+from titans_runtime.store.record import HEAD, pack, unpack, unpack_head
+
+_SUFFIX: Final = ".memory"
+_TOMBSTONE: Final = "deleted"
+_GRACE: Final = 86_400.0
+_TRIES: Final = 20
+
+
+@dataclass(frozen=True)
+class _Current:
+    """The highest object of a memory."""
+
+    number: int
+    entry: Entry
+
+    @property
+    def is_tombstone(self) -> bool:
+        return self.entry.version.startswith(_TOMBSTONE)
+
+
+class ObjectStore:
+    """Memories below one URL of fsspec."""
+
+    def __init__(self, url: str, clock: Clock = time.time, options: Mapping[str, Any] | None = None) -> None:
+        """Open a URL, and try whether it refuses to create what exists.
+
+        Args:
+            url: as fsspec takes it, ``s3://bucket/folder``.
+            clock: for what expires.
+            options: of the file system, by name.
+
+        Raises:
+            EnvironmentProblem: fsspec or the protocol's package is missing, the URL cannot be reached or
+                written, or it overwrites what exists.
+        """
+        fsspec = optional_import("fsspec", "store")
+        self._url, self._clock = url, clock
+        try:
+            chosen = {"use_listings_cache": False, **(options or {})}
+            self._fs, root = fsspec.core.url_to_fs(url, **chosen)
+        except (ImportError, ValueError) as error:
+            raise EnvironmentProblem(f"{url}: {error}; pip install the package that fsspec names") from None
+        self._root = root.rstrip("/")
+        self._is_local = "file" in _protocols(self._fs)
+        self._check_exclusive(fsspec)
+
+    def get(self, name: str) -> Stored | None:
+        """See :class:`MemoryStore`."""
+        folder = self._folder(name)
+        for _ in range(_TRIES):
+            number = max(self._numbers(folder), default=0)
+            if not number:
+                return None
+            with self._reached(), contextlib.suppress(FileNotFoundError):  # replaced meanwhile: look again
+                path = _object(folder, number)
+                entry, content = unpack(self._fs.cat_file(path), path)
+                return self._live(_Current(number, entry), content)
+        raise ConflictError(f"memory {name}: changes faster than it can be read; try again")
+
+    def entry(self, name: str) -> Entry | None:
+        """See :class:`MemoryStore`."""
+        current = self._current(self._folder(name))
+        found = self._live(current, b"") if current else None
+        return found.entry if found else None
+
+    def put(
+        self,
+        name: str,
+        content: bytes,
+        *,
+        expected: str | None,
+        about: Mapping[str, Any] | None = None,
+        expires: float | None = None,
+    ) -> Entry:
+        """See :class:`MemoryStore`."""
+        entry = Entry(checked_name(name), new_version(), len(content), expires, dict(about or {}))
+        self._replace(entry, content, expected)
+        return entry
+
+    def delete(self, name: str, expected: str | None = None) -> bool:
+        """See :class:`MemoryStore`."""
+        for _ in range(_TRIES):
+            found = self.entry(name)
+            if expected is not None:
+                check_expected(name, found.version if found else None, expected)
+            if found is None:
+                return False
+            tombstone = Entry(name, f"{_TOMBSTONE}-{new_version()}", 0, None, {"at": self._clock()})
+            try:
+                self._replace(tombstone, b"", found.version)
+            except ConflictError:  # a put came first: it is what is to be deleted
+                continue
+            return True
+        raise ConflictError(f"memory {name}: changes faster than it can be deleted; try again")
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        """See :class:`MemoryStore`."""
+        for name in self._names():
+            if name.startswith(prefix):
+                entry = self.entry(name)
+                if entry is not None:
+                    yield entry
+
+    def sweep(self) -> int:
+        """See :class:`MemoryStore`."""
+        removed = 0
+        for name in self._names():
+            folder = self._folder(name)
+            current = self._current(folder)
+            if current is None:
+                continue
+            if current.is_tombstone:
+                if self._clock() - float(current.entry.about.get("at", 0)) > _GRACE:
+                    self._remove(folder, [current.number])
+            elif not is_live(current.entry, self._clock):
+                tombstone = Entry(name, f"{_TOMBSTONE}-{new_version()}", 0, None, {"at": self._clock()})
+                with contextlib.suppress(ConflictError):
+                    self._create_next(folder, current.number, tombstone, b"")
+                    removed += 1
+        return removed
+
+    def close(self) -> None:
+        """See :class:`MemoryStore`."""
+
+    def _replace(self, entry: Entry, content: bytes, expected: str | None) -> None:
+        folder = self._folder(entry.name)
+        current = self._current(folder)
+        found = self._live(current, b"") if current else None
+        check_expected(entry.name, found.entry.version if found else None, expected)
+        self._create_next(folder, current.number if current else 0, entry, content)
+
+    def _create_next(self, folder: str, number: int, entry: Entry, content: bytes) -> None:
+        """Be the one that creates the object after ``number``, then remove those before it."""
+        late = f"memory {entry.name}: was changed by someone else since it was read; read it again"
+        path = _object(folder, number + 1)
+        with self._reached():
+            try:
+                self._create(path, pack(entry, content))
+            except FileExistsError:
+                raise ConflictError(late) from None
+        numbers = self._numbers(folder)
+        if max(numbers, default=0) > number + 1:
+            # Others have gone on, and have removed the object of this number before this one came.
+            self._remove(folder, [number + 1])
+            raise ConflictError(late)
+        self._remove(folder, [old for old in numbers if old <= number])
+
+    def _current(self, folder: str) -> _Current | None:
+        for _ in range(_TRIES):
+            number = max(self._numbers(folder), default=0)
+            if not number:
+                return None
+            path = _object(folder, number)
+            with self._reached(), contextlib.suppress(FileNotFoundError):
+                return _Current(number, unpack_head(self._fs.cat_file(path, start=0, end=HEAD), path)[0])
+        raise ConflictError(f"{folder}: changes faster than it can be read; try again")
+
+    def _live(self, current: _Current, content: bytes) -> Stored | None:
+        if current.is_tombstone or not is_live(current.entry, self._clock):
+            return None
+        return Stored(current.entry, content)
+
+    def _names(self) -> Iterator[str]:
+        with self._reached():
+            try:
+                found = self._fs.find(self._root, detail=False)
+            except FileNotFoundError:
+                found = []
+        folders = {path.rsplit("/", 1)[0] for path in found}
+        for folder in sorted(one for one in folders if one.endswith(_SUFFIX)):
+            yield folder[len(self._root) + 1 :].removesuffix(_SUFFIX)
+
+    def _numbers(self, folder: str) -> Sequence[int]:
+        with self._reached():
+            try:
+                names = [path.rsplit("/", 1)[1] for path in self._fs.ls(folder, detail=False)]
+            except FileNotFoundError:
+                return []
+        return [int(name) for name in names if name.isdecimal()]
+
+    def _folder(self, name: str) -> str:
+        return f"{self._root}/{checked_name(name)}{_SUFFIX}"
+
+    def _create(self, path: str, content: bytes) -> None:
+        """Let a whole object appear at ``path``.
+
+        Raises:
+            FileExistsError: there is one.
+        """
+        if not self._is_local:
+            self._fs.pipe_file(path, content, mode="create")
+            return
+        folder, name = path.rsplit("/", 1)
+        self._fs.makedirs(folder, exist_ok=True)
+        temporary = f"{folder}/.{name}.{secrets.token_hex(8)}"
+        try:
+            with open(temporary, "xb") as file:  # noqa: PTH123 - the path is fsspec's
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(temporary, path)  # unlike a rename, it refuses to replace
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)  # noqa: PTH108
+
+    def _remove(self, folder: str, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            with self._reached(), contextlib.suppress(FileNotFoundError):
+                self._fs.rm_file(_object(folder, number))
+
+    def _check_exclusive(self, fsspec: Any) -> None:  # noqa: ANN401 - a module
+        generic = fsspec.spec.AbstractFileSystem.pipe_file
+        refuses = self._is_local or getattr(type(self._fs), "pipe_file", generic) is not generic
+        path = f"{self._root}/.probe-{secrets.token_hex(8)}"
+        with self._reached():
+            self._create(path, b"one")
+            try:
+                self._create(path, b"two")
+                refuses = False
+            except FileExistsError:
+                pass
+            self._fs.rm_file(path)
+        if not refuses:
+            raise EnvironmentProblem(
+                f"{self._url}: this file system overwrites what exists, so two writers would lose a memory; "
+                "use s3://, gs://, a folder, or redis://"
+            )
+
+    @contextlib.contextmanager
+    def _reached(self) -> Iterator[None]:
+        """Turn what a file system raises into one line; what the caller handles passes."""
+        try:
+            yield
+        except (FileNotFoundError, FileExistsError, TitansError):
+            raise
+        except Exception as error:  # noqa: BLE001 - every file system raises its own
+            raise EnvironmentProblem(f"{self._url}: {type(error).__name__}: {error}") from None
+
+
+def _object(folder: str, number: int) -> str:
+    return f"{folder}/{number:016d}"
+
+
+def _protocols(fs: Any) -> tuple[str, ...]:  # noqa: ANN401 - a file system
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)

@@ -1,0 +1,116 @@
+"""The store on fsspec: in memory, in a folder, and in a real S3 server's protocol where there is one."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from tests.runtime.store.contract import StoreContract
+from titans_runtime.errors import ConflictError, EnvironmentProblem
+from titans_runtime.store import open_store
+from titans_runtime.store.objects import ObjectStore
+
+
+class TestInMemory(StoreContract):
+    @pytest.fixture
+    def url(self) -> str:
+        return f"memory://{uuid.uuid4()}"
+
+    @pytest.fixture
+    def store(self, url: str) -> ObjectStore:
+        return ObjectStore(url)
+
+    @pytest.fixture
+    def again(self, url: str) -> ObjectStore:
+        return ObjectStore(url)
+
+
+class TestInAFolder(TestInMemory):
+    @pytest.fixture
+    def url(self, tmp_path: Path) -> str:
+        return f"file://{tmp_path}/memories"
+
+
+def test_tombstones_stay_for_a_day() -> None:
+    now = [1000.0]
+    url = f"memory://{uuid.uuid4()}"
+    store = ObjectStore(url, clock=lambda: now[0])
+    store.put("a", b"1", expected=None)
+    store.delete("a")
+    store.sweep()
+    assert len(MemoryFileSystem().find(url)) == 1
+    now[0] += 100_000
+    store.sweep()
+    assert MemoryFileSystem().find(url) == []
+
+
+def test_old_versions_are_removed() -> None:
+    url = f"memory://{uuid.uuid4()}"
+    store = ObjectStore(url)
+    version = None
+    for number in range(5):
+        version = store.put("a", b"%d" % number, expected=version).version
+    assert len(MemoryFileSystem().find(url)) == 1
+
+
+def test_a_writer_that_slept_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its number is free again, since others went on and tidied up: that is no success."""
+    url = f"memory://{uuid.uuid4()}"
+    slow, quick = ObjectStore(url), ObjectStore(url)
+    first = slow.put("a", b"1", expected=None)
+    create = slow._create
+
+    def late(path: str, content: bytes) -> None:
+        second = quick.put("a", b"2", expected=first.version)
+        quick.put("a", b"3", expected=second.version)
+        create(path, content)
+
+    monkeypatch.setattr(slow, "_create", late)
+    with pytest.raises(ConflictError):
+        slow.put("a", b"mine", expected=first.version)
+    found = slow.get("a")
+    assert found is not None
+    assert found.content == b"3"
+
+
+def test_a_file_system_that_overwrites_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def overwrite(self: MemoryFileSystem, path: str, value: bytes, mode: str = "", **_: Any) -> None:  # noqa: ANN401
+        self.store.pop(path, None)
+        self.open(path, "wb", data=value)
+
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", overwrite)
+    with pytest.raises(EnvironmentProblem, match="two writers would lose a memory"):
+        ObjectStore(f"memory://{uuid.uuid4()}")
+
+
+def test_an_unknown_protocol() -> None:
+    with pytest.raises(EnvironmentProblem, match="nonsense"):
+        open_store("nonsense://bucket")
+
+
+@pytest.mark.suite("serve")
+class TestS3(TestInMemory):
+    """Against moto's server on loopback, in a process of its own."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def endpoint(cls) -> Any:  # noqa: ANN401
+        server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", port=0)
+        server.start()
+        yield "http://{}:{}".format(*server.get_host_and_port())
+        server.stop()
+
+    @pytest.fixture
+    def url(self, endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setitem(os.environ, name, "test")
+        monkeypatch.setitem(os.environ, "AWS_ENDPOINT_URL", endpoint)
+        s3fs = pytest.importorskip("s3fs")
+        bucket = f"b{uuid.uuid4()}"
+        s3fs.S3FileSystem(endpoint_url=endpoint).mkdir(bucket)
+        return f"s3://{bucket}/memories"
