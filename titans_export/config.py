@@ -11,6 +11,7 @@ from typing import Any
 
 from titans_export.memory.tiles import MemoryForm
 from titans_runtime.errors import DataError, UsageError
+from titans_runtime.json_reader import parse_object
 
 ARCHITECTURES = ("lmm", "mac", "mag", "mal")
 _POSITIVE = (
@@ -172,11 +173,9 @@ class ModelConfig:
             DataError: the file is missing or no valid config.
         """
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
+            fields = parse_object(path.read_bytes(), path.name)
         except (OSError, ValueError) as error:
             raise DataError(f"{path}: no readable config ({error})") from None
-        if not isinstance(fields, dict):
-            raise DataError(f"{path}: expected a JSON object of config fields")
         return cls.from_dict(fields)
 
 
@@ -193,7 +192,7 @@ def overridden(config: ModelConfig, settings: Sequence[str]) -> ModelConfig:
             raise UsageError(f"--set {setting}: expected FIELD=VALUE")
         try:
             fields[name] = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             fields[name] = text
     try:
         return ModelConfig.from_dict(fields)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +21,7 @@ from titans_export.programs import model_program, readout_gradient_program
 from titans_export.recurrence_programs import recurrence_programs
 from titans_export.training.checkpoint import CONFIG_FILE, load_checkpoint
 from titans_runtime.errors import UsageError
+from titans_runtime.json_reader import parse_object
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,6 @@ def load_exportable(checkpoint: Path) -> Exportable:
 def _config(checkpoint: Path) -> dict[str, Any]:
     """``config.json``, as far as it can be read: what is wrong with it is said by who reads it."""
     try:
-        content = json.loads((checkpoint / CONFIG_FILE).read_text(encoding="utf-8"))
+        return parse_object((checkpoint / CONFIG_FILE).read_bytes(), CONFIG_FILE)
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
@@ -27,6 +26,7 @@ from titans_runtime import bundle as bundles
 from titans_runtime.editor import OBJECTIVES, Editor
 from titans_runtime.errors import BundleError, DataError, UsageError
 from titans_runtime.files import folder_beside, replace_folder, write_atomically
+from titans_runtime.json_reader import parse_object
 from titans_runtime.verify import VerificationReport, verify
 
 EDITING_FILE = "editing.json"
@@ -152,7 +152,7 @@ def read_editing(checkpoint: Path) -> dict[str, Any]:
     if not path.exists():
         return {"edit": 0.0, "editor": None}
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_object(path.read_bytes(), path.name)
         edit, editor = float(content["edit"]), content["editor"]
         for part in Editor.from_dict(editor).parts if editor is not None else ():
             if part.objective not in OBJECTIVES:

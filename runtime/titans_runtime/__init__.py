@@ -27,7 +27,7 @@ from titans_runtime.model import Model, load
 from titans_runtime.report import EditLog, EditReport, Lesson
 from titans_runtime.scoring import Score, score
 from titans_runtime.session import Session
-from titans_runtime.state import Snapshot
+from titans_runtime.snapshot import Snapshot
 from titans_runtime.verify import VerificationReport, verify
 
 __version__ = "0.1.0"

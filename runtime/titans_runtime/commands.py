@@ -61,7 +61,7 @@ def _compare(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([asdict(one) | {"relative": one.relative} for one in differences]))
         return 0
-    width = max(len(one.name) for one in differences)
+    width = max((len(one.name) for one in differences), default=0)
     print(f"{'tensor':<{width}}  {'norm':>11}  {'norm':>11}  {'distance':>11}  relative  changed")
     for one in differences:
         first, second = one.norms
@@ -75,9 +75,7 @@ def _compare(args: argparse.Namespace) -> int:
 def run(args: argparse.Namespace) -> int:
     """Score a file."""
     text = _read(args.file)
-    for option, path in (("--report", args.report), ("--log", args.log)):
-        if path is not None and not path.parent.is_dir():
-            raise UsageError(f"{option} {path}: no such folder {path.parent}")
+    _check_outputs(args, {"--state-out": args.state_out, "--report": args.report, "--log": args.log})
     session = _open_session(args)
     _require_bytes(session, "run")
     session.log = EditLog()
@@ -124,6 +122,7 @@ def _unedited(session: Session) -> Session:
 
 def generate(args: argparse.Namespace) -> int:
     """Continue a text, printing it as it comes."""
+    _check_outputs(args, {"--state-out": args.state_out})
     session = _open_session(args)
     _require_bytes(session, "generate")
     prompt = args.prompt.encode("utf-8", "surrogateescape")  # the bytes as they were typed
@@ -158,10 +157,6 @@ def _open_session(args: argparse.Namespace) -> Session:
         raise UsageError("--no-edit excludes --edit and --editor")
     if args.state_in and chosen:
         raise UsageError("--state-in continues with the memory's own editing; leave out the editing options")
-    if args.state_out and not args.state_out.parent.is_dir():
-        raise UsageError(f"--state-out {args.state_out}: no such folder {args.state_out.parent}")
-    if args.state_out and args.state_out.is_dir():
-        raise UsageError(f"--state-out {args.state_out}: is a folder; name a file")
     model = load(args.bundle, args.provider, args.threads, args.backend)
     if args.state_in:
         return model.load_session(args.state_in)
@@ -169,6 +164,25 @@ def _open_session(args: argparse.Namespace) -> Session:
         return model.session(edit=0.0, editor=None)
     editor = RECOMMENDED if args.editor is None else _editor(args.editor)
     return model.session(RECOMMENDED if args.edit is None else args.edit, editor)
+
+
+def _check_outputs(args: argparse.Namespace, outputs: dict[str, Path | None]) -> None:
+    """Before minutes of work: that every file can be written, and that none takes another's place."""
+    taken = {Path(args.file).resolve(): "the file to score"} if getattr(args, "file", "-") != "-" else {}
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        if not path.parent.is_dir():
+            raise UsageError(f"{option} {path}: no such folder {path.parent}")
+        if path.is_dir():
+            raise UsageError(f"{option} {path}: is a folder; name a file")
+        if path.resolve().is_relative_to(args.bundle.resolve()):
+            raise UsageError(f"{option} {path}: lies in the bundle, which must stay as it is; name another")
+        if option != "--state-out" and args.state_in is not None:
+            taken.setdefault(args.state_in.resolve(), "--state-in")
+        if path.resolve() in taken:
+            raise UsageError(f"{option} {path}: is {taken[path.resolve()]}, too; name another")
+        taken[path.resolve()] = option
 
 
 def _require_bytes(session: Session, command: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from titans_runtime.errors import StateError
-from titans_runtime.state import Snapshot
+from titans_runtime.snapshot import Snapshot
 
 
 @dataclass(frozen=True)

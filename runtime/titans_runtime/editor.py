@@ -219,6 +219,12 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "rollback": lambda text: {"true": True, "false": False}[text],
     "replace": lambda text: {"true": True, "false": False}[text],
 }
+_EXPECTED = {
+    "chunk": "an integer",
+    "steps": "an integer",
+    "rollback": "true or false",
+    "replace": "true or false",
+}
 _SETTINGS = tuple(item.name for item in fields(Editor) if item.name not in ("objective", "also"))
 
 
@@ -229,12 +235,15 @@ def _parsed(cls: type[Editor], part: str, text: str) -> Editor:
         name, equals, value = setting.partition("=")
         if name in content:
             raise UsageError(f"--editor {text}: {name} is given twice")
+        if not equals:
+            raise UsageError(f"--editor {text}: {setting!r} is not NAME=VALUE ({', '.join(_SETTINGS)})")
+        if name not in _SETTINGS:
+            raise UsageError(f"--editor {text}: {name!r} is unknown; known: {', '.join(_SETTINGS)}")
         try:
             content[name] = _READERS.get(name, float)(value)
         except (ValueError, KeyError):
-            equals = ""
-        if not equals:
-            raise UsageError(f"--editor {text}: {setting!r} is not NAME=VALUE ({', '.join(_SETTINGS)})")
+            expected = _EXPECTED.get(name, "a number")
+            raise UsageError(f"--editor {text}: {name} is {value!r}; it must be {expected}") from None
     return cls.from_dict(content)
 
 

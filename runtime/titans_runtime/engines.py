@@ -15,7 +15,7 @@ from typing import Final
 
 from titans_runtime.errors import DataError
 from titans_runtime.files import write_atomically
-from titans_runtime.json_reader import canonical
+from titans_runtime.json_reader import canonical, parse_object
 
 CACHE_VARIABLE: Final = "TITANS_CACHE"
 DECODE, PREFILL = 0, 1
@@ -139,7 +139,7 @@ def store_engine(
 
 def _read(path: Path) -> Engine:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_object(path.read_bytes(), path.name)
         target = Target(**content["target"])
         if any(type(getattr(target, field.name)).__name__ != field.type for field in fields(Target)):
             raise TypeError("a field of target has another type")

@@ -23,7 +23,7 @@ from titans_runtime.errors import NumericsError
 from titans_runtime.manifest import GraphSpec, TensorSpec
 from titans_runtime.optimizers import OPTIMIZERS, Gates, Step
 from titans_runtime.report import EditReport, Lesson
-from titans_runtime.state import PREFIX
+from titans_runtime.snapshot import PREFIX
 
 UNKNOWN = -1
 """Target of a position whose next token has not come, or must not be learnt from."""

@@ -25,7 +25,7 @@ from titans_runtime.buffers import StateBuffers
 from titans_runtime.editor import Editor
 from titans_runtime.errors import NumericsError
 from titans_runtime.report import EditReport, Lesson
-from titans_runtime.state import ENERGY
+from titans_runtime.snapshot import ENERGY
 
 UNKNOWN = -1
 """Target of a position whose next token has not come, or must not be learnt from."""

@@ -6,12 +6,13 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from titans_runtime.errors import DataError, UsageError
 from titans_runtime.files import write_atomically
+from titans_runtime.json_reader import parse_object
 
 
 @dataclass
@@ -138,13 +139,13 @@ class EditLog:
         """
         log = cls()
         try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: cannot be read ({error})") from None
-        for number, line in enumerate(text.splitlines(), 1):
+            lines = Path(path).read_bytes().splitlines()
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        for number, line in enumerate(lines, 1):
             try:
-                log.lessons.append(Lesson(**_read_back(json.loads(line))))
-            except (ValueError, TypeError, AttributeError):
+                log.lessons.append(_lesson(parse_object(line, str(path))))
+            except (ValueError, TypeError):
                 raise DataError(f"{path}: line {number} is no lesson of an edit log") from None
         return log
 
@@ -171,7 +172,30 @@ def _finite(content: dict[str, Any]) -> dict[str, Any]:
     return {name: _finite(value) if isinstance(value, dict) else value for name, value in finite.items()}
 
 
-def _read_back(content: dict[str, Any]) -> dict[str, Any]:
-    """Null as NaN, also within."""
-    known = {name: math.nan if value is None else value for name, value in content.items()}
-    return {name: _read_back(value) if isinstance(value, dict) else value for name, value in known.items()}
+def _lesson(content: dict[str, Any]) -> Lesson:
+    """A lesson from its line, each field of its type, with null as NaN.
+
+    Raises:
+        ValueError: a field has another type.
+        TypeError: one is missing or unknown.
+    """
+    read = asdict(Lesson(**content))
+    for item in fields(Lesson):
+        value = read[item.name]
+        if item.type == "dict[str, float]":
+            if not isinstance(value, dict):
+                raise ValueError(f"{item.name} is no object")
+            read[item.name] = {name: _number(number) for name, number in value.items()}
+        elif item.type == "float":
+            read[item.name] = _number(value)
+        elif type(value).__name__ != item.type:
+            raise ValueError(f"{item.name} is no {item.type}")
+    return Lesson(**read)
+
+
+def _number(value: object) -> float:
+    if value is None:
+        return math.nan
+    if type(value) not in (int, float):
+        raise ValueError(f"{value!r} is no number")
+    return float(value)  # type: ignore[arg-type]

@@ -28,8 +28,8 @@ from titans_runtime.manifest import (
     StateSpec,
     TensorSpec,
 )
+from titans_runtime.snapshot import Snapshot
 from titans_runtime.state import FORMAT_VERSION as MEMORY_VERSION
-from titans_runtime.state import Snapshot
 
 Schema = dict[str, Any]
 

@@ -20,7 +20,8 @@ from titans_runtime.manifest import Manifest
 from titans_runtime.readout import Keys
 from titans_runtime.report import EditLog, EditReport
 from titans_runtime.sampling import Sampling
-from titans_runtime.state import Snapshot, save_snapshot, with_memories_of
+from titans_runtime.snapshot import Snapshot, with_memories_of
+from titans_runtime.state import save_snapshot
 from titans_runtime.tokens import Tokens, checked_input
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ class Session:
         self._buffers = StateBuffers(model.manifest, model.initial, model.backend.residence)
         self._last_logits: Array | None = None
         self._editing = self._open_editor(editor)
-        # Without an editor of its own, `observe` leaves its last position here: (next position, arrays).
+        # Without an editor of its own for the readout memory, `observe` leaves the position here whose
+        # target is still to come: (next position, arrays).
         self._unfinished: tuple[int, Arrays] | None = None
         self._lock = threading.Lock()
         outputs = {tensor.name: tensor for tensor in model.manifest.graphs["model"].outputs}
@@ -355,13 +357,8 @@ class Session:
             return
         own, other = self._editing, self._open_editor(editor)
         own.hand_over(token, self.position, report)
-        if (
-            own.readout is None
-            and other.readout
-            and self._unfinished
-            and self._unfinished[0] == self.position
-        ):
-            other.readout.restore(self._unfinished[1])
+        if other.readout and (left := self._left_for_observe()):
+            other.readout.restore(left)
         self._editing = other
         yield
         pending = other.finish(self.position, report)
@@ -373,15 +370,20 @@ class Session:
 
     def _snapshot(self) -> Snapshot:
         arrays: Arrays = {f"state.{name}": array.copy() for name, array in self._buffers.read().items()}
-        arrays |= self._editing.arrays()
+        arrays |= self._editing.arrays() | self._left_for_observe()
         if self._last_logits is not None:
             arrays["last_logits"] = self._last_logits.copy()
         editor = self.editor.to_dict() if self.editor else None
         return Snapshot(self.model.manifest.identity, self.position, self.edit, editor, arrays)
 
+    def _left_for_observe(self) -> Arrays:
+        """The position that the last `observe` has left to the next one, as long as it is the last."""
+        if self._unfinished is None or self._editing.readout or self._unfinished[0] != self.position:
+            return {}
+        return {name: array.copy() for name, array in self._unfinished[1].items()}
+
     def _restore(self, snapshot: Snapshot) -> None:
         self._buffers.restore(snapshot.arrays)
-        self._unfinished = None
         self.position = snapshot.position
         self._strength = snapshot.edit
         self._edit[0] = snapshot.edit
@@ -391,6 +393,8 @@ class Session:
         if editor != self.editor:
             self._editing = self._open_editor(editor)
         self._editing.take_up(snapshot.arrays)
+        left = {name: array for name, array in snapshot.arrays.items() if name.startswith("pending.")}
+        self._unfinished = (snapshot.position, left) if left and not self._editing.readout else None
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:

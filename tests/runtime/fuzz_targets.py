@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import random
 import tempfile
 from collections.abc import Callable
@@ -18,8 +19,14 @@ from typing import Any
 import numpy as np
 
 from titans_runtime import bundle, json_reader, manifest, state
-from titans_runtime.editor import Editor
-from titans_runtime.errors import BundleError, StateError, UsageError
+from titans_runtime.backends import ON_HOST
+from titans_runtime.buffers import StateBuffers
+from titans_runtime.compare import compare
+from titans_runtime.editing import Editing
+from titans_runtime.editor import Editor, chosen_memories
+from titans_runtime.errors import BundleError, DataError, StateError, UsageError
+from titans_runtime.report import EditLog, EditReport, Lesson
+from titans_runtime.snapshot import ENERGY, Snapshot
 
 _STRANGE: list[Any] = [
     None,
@@ -43,7 +50,7 @@ _FOLDER = Path(tempfile.mkdtemp())
 
 
 def small_manifest() -> manifest.Manifest:
-    """A manifest with a readout memory and everything else as small as it can be."""
+    """A manifest with a readout memory, two gradient graphs, and everything else as small as it can be."""
     state_specs = (
         manifest.StateSpec("memory", "float32", ("batch", 2, 2), 0.0, "memory"),
         manifest.StateSpec("position", "int64", ("batch",), 0.0, "position"),
@@ -58,6 +65,30 @@ def small_manifest() -> manifest.Manifest:
             tensor("logits", "float32", ("batch", "tokens", 4)),
             tensor("readout_key", "float32", ("batch", "tokens", 2)),
             tensor("readout_rows", "int64", ("batch", "tokens", 1)),
+            tensor("present.memory", "float32", state_specs[0].shape),
+            tensor("present.position", "int64", ("batch",)),
+        ),
+    )
+    past_memory, row = past[0], ("batch", "tokens")
+    prediction = manifest.GraphSpec(
+        "gradient.prediction.onnx",
+        (*graph.inputs, tensor("target_ids", "int64", row)),
+        (tensor("loss", "float32", ("batch",)), tensor("grad.memory", "float32", past_memory.shape)),
+    )
+    readout = manifest.GraphSpec(
+        "gradient.readout.onnx",
+        (
+            tensor("input_ids", "int64", row),
+            past[2],
+            tensor("readout_key", "float32", (*row, 2)),
+            tensor("readout_rows", "int64", (*row, 1)),
+            tensor("base_logits", "float32", (*row, 4)),
+        ),
+        (
+            tensor("logits", "float32", (*row, 4)),
+            tensor("loss", "float32", row),
+            tensor("grad.readout", "float32", ("batch", 2, 4)),
+            tensor("grad.readout_rows", "float32", (*row, 4)),
         ),
     )
     return manifest.Manifest.create(
@@ -67,11 +98,11 @@ def small_manifest() -> manifest.Manifest:
         tokenizer="bytes",
         vocab_size=4,
         edit_layers=1,
-        graphs={"model": graph},
+        graphs={"model": graph, "gradient.prediction": prediction, "gradient.readout": readout},
         state=state_specs,
         tolerances={"atol": 1e-4, "rtol": 1e-4},
         recommended={"edit": 0.5, "editor": Editor(chunk=4).to_dict()},
-        files={"model.onnx": manifest.FileEntry("0" * 64, 3)},
+        files={one.file: manifest.FileEntry("0" * 64, 3) for one in (graph, prediction, readout)},
     )
 
 
@@ -89,6 +120,10 @@ def read_manifest(data: bytes) -> None:
             read = manifest.Manifest.from_dict(content)
             assert manifest.Manifest.from_dict(json.loads(json.dumps(read.to_dict()))) == read
             assert read.state_bytes <= 4 * 2**30
+            for name in read.graphs:
+                with contextlib.suppress(UsageError):
+                    chosen = chosen_memories(Editor(name.removeprefix("gradient.")), read)
+                    assert set(chosen) <= {entry.name for entry in read.state} or name == "gradient.readout"
             for name in read.files:
                 bundle._check_name(_FOLDER, name)
                 assert (_FOLDER / name).resolve().is_relative_to(_FOLDER.resolve())
@@ -100,21 +135,71 @@ def read_memory(data: bytes) -> None:
     path = _FOLDER / "memory"
     path.write_bytes(content)
     with contextlib.suppress(StateError):
-        state.describe_snapshot(path)
-    with contextlib.suppress(StateError, UsageError, TypeError):  # of the last two `load_session` makes one
+        json.dumps(state.describe_snapshot(path))
+    with contextlib.suppress(StateError):
+        alone = state.read_snapshot(path)
+        assert all(one.distance == 0 for one in compare(alone, alone))
+    with contextlib.suppress(StateError):
         snapshot = state.load_snapshot(path, MANIFEST)
-        if snapshot.editor is not None:
-            Editor.from_dict(snapshot.editor)
+        editor = None if snapshot.editor is None else Editor.from_dict(snapshot.editor)
+        _take_up(editor, snapshot)
         state.save_snapshot(snapshot, _FOLDER / "again")
         again = state.load_snapshot(_FOLDER / "again", MANIFEST)
         assert again.arrays.keys() == snapshot.arrays.keys()
 
 
-TARGETS: dict[str, Callable[[bytes], None]] = {"manifest": read_manifest, "memory": read_memory}
+def _take_up(editor: Editor | None, snapshot: Snapshot) -> None:
+    """What a session does with a memory that was read: its editors go on from it."""
+    initial = {entry.name: np.zeros((1, *entry.row_shape), entry.dtype) for entry in MANIFEST.state}
+    edit = np.zeros((1, MANIFEST.edit_layers), np.float32)
+    buffers = StateBuffers(MANIFEST, initial)
+    buffers.restore(snapshot.arrays)
+    editing = Editing(editor, _Unbound(), buffers, edit)
+    editing.take_up(snapshot.arrays)
+    again = editing.arrays()
+    assert {name: array.tobytes() for name, array in again.items()} == {
+        name: snapshot.arrays[name].tobytes() for name in again
+    }
+
+
+class _Unbound:
+    """A backend whose graphs can be bound and do nothing."""
+
+    manifest, residence, placements = MANIFEST, ON_HOST, {}
+
+    def graph(self, name: str) -> _Unbound:
+        del name
+        return self
+
+    def bind(self, inputs: object, outputs: object) -> _Unbound:
+        del inputs, outputs
+        return self
+
+    def run(self) -> None:
+        pass
+
+
+def read_log(data: bytes) -> None:
+    """Anything but lines of lessons is refused by a DataError."""
+    path = _FOLDER / "log"
+    path.write_bytes(data[1:])
+    with contextlib.suppress(DataError):
+        log = EditLog.load(path)
+        log.save(_FOLDER / "log again")
+        assert len(EditLog.load(_FOLDER / "log again")) == len(log)
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "manifest": read_manifest,
+    "memory": read_memory,
+    "log": read_log,
+}
 
 
 def seeds(target: str) -> list[bytes]:
     """Valid inputs, sealed and not."""
+    if target == "log":
+        return [b"\0" + _log()]
     if target == "manifest":
         text = json.dumps(MANIFEST.to_dict()).encode()
         return [b"\0" + text, b"\1" + text]
@@ -131,17 +216,36 @@ def _memories() -> list[bytes]:
         "last_logits": np.ones(4, np.float32),
     }
     found = []
+    layers = {
+        "memories.sequence": np.array([1, 2]),
+        "memories.targets": np.array([2, -1]),
+        "memories.taught": np.array([1, 1]),
+        "memories.steps": np.array([3]),
+        "memories.anchor.memory": np.ones((1, 2, 2), np.float32),
+        "memories.anchor.position": np.zeros(1, np.int64),
+    }
+    moments = {f"memories.{kind}.memory": np.ones((1, 2, 2), np.float32) for kind in ("mean", "square")}
+    adam = Editor("prediction", optimizer="adam", chunk=4)
     for editor, more in (
         (None, {}),
+        (adam, layers | moments | {"last_logits": np.ones(4, np.float32)}),
+        (Editor(chunk=4, also=Editor("prediction", chunk=4)), layers | pending),
         (Editor(chunk=4), pending),
-        (Editor(chunk=4, optimizer="adagrad"), pending | {state.ENERGY: np.ones(3, np.float32)}),
+        (Editor(chunk=4, optimizer="adagrad"), pending | {ENERGY: np.ones(3, np.float32)}),
     ):
-        snapshot = state.Snapshot(
-            MANIFEST.identity, 2, (0.5,), editor.to_dict() if editor else None, arrays | more
-        )
+        snapshot = Snapshot(MANIFEST.identity, 2, (0.5,), editor.to_dict() if editor else None, arrays | more)
         state.save_snapshot(snapshot, _FOLDER / "seed")
         found.append((_FOLDER / "seed").read_bytes())
     return found
+
+
+def _log() -> bytes:
+    log = EditLog()
+    norms = {"memory": 1.5}
+    lesson = Lesson("prediction", 0, 4, 3, 2.5, math.nan, norms, {"layer": 0.5}, 1, "loss rose", 0.1)
+    log.add(EditReport(4, [1.0], [lesson, Lesson("readout", 4, 4)]))
+    log.save(_FOLDER / "log seed")
+    return (_FOLDER / "log seed").read_bytes()
 
 
 def _seal_manifest(content: dict[str, Any]) -> None:
@@ -179,6 +283,11 @@ def changed(data: bytes, target: str, choice: random.Random) -> bytes:
 def _mutated_json(data: bytes, target: str, choice: random.Random) -> bytes:
     if target == "manifest":
         return json.dumps(_changed(json.loads(data), choice)).encode()
+    if target == "log":
+        lines = data.splitlines()
+        number = choice.randrange(len(lines))
+        lines[number] = json.dumps(_changed(json.loads(lines[number]), choice)).encode()
+        return b"\n".join(lines)
     table = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     if choice.random() < 0.5:
         header = _changed(json.loads(table["__metadata__"]["titans"]), choice)

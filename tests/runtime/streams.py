@@ -13,9 +13,16 @@ from hypothesis import strategies as st
 
 from titans_runtime import Model, Session, Snapshot
 from titans_runtime.bundle import MANIFEST_NAME, file_entry
-from titans_runtime.manifest import FileEntry, Manifest, _graph, _identity, _state
+from titans_runtime.editor import Editor
+from titans_runtime.manifest import FileEntry, Manifest
+from titans_runtime.manifest.document import identity_of as _identity_of
+from titans_runtime.manifest.reading import graph_spec, state_spec
+from titans_runtime.session import SEGMENT
 
 Array = npt.NDArray[Any]
+
+EDITORS = [None, Editor(step=0.5, chunk=1), Editor(step=0.5, chunk=4), Editor(step=0.5, chunk=7)]
+LONG = bytes(np.random.default_rng(0).integers(0, 256, SEGMENT + 90, dtype=np.uint8))
 
 streams = st.binary(min_size=2, max_size=40)
 
@@ -68,10 +75,10 @@ def change_manifest(
 
 
 def identity_of(content: dict[str, Any]) -> str:
-    return _identity(
+    return _identity_of(
         content["model"],
-        {name: _graph(graph, name) for name, graph in content["graphs"].items()},
-        tuple(_state(entry, "state") for entry in content["state"]),
+        {name: graph_spec(graph, name) for name, graph in content["graphs"].items()},
+        tuple(state_spec(entry, "state") for entry in content["state"]),
         {name: FileEntry(**entry) for name, entry in content["files"].items()},
     )
 
@@ -108,3 +115,15 @@ def assert_same_everywhere(
         assert np.array_equal(first, second)
     for name, array in expected[1].items():
         assert np.array_equal(array, actual[1][name]), name
+
+
+def continuation(session: Session) -> list[bytes]:
+    """Everything that a session does next, as bytes."""
+    return [
+        session.append(b"n").tobytes(),
+        session.append(b"ext, in two").tobytes(),
+        bytes(session.generate(9, 0.8, seed=3)),
+        session.append(b" and more of it").tobytes(),
+        bytes(session.generate(9, 0.8, seed=4, learn=True)),
+        session.append(b".").tobytes(),
+    ]

@@ -23,6 +23,8 @@ EDITORS = [
     tr.Editor(step=0.5, chunk=1),
     tr.Editor(step=0.5, chunk=4),
     tr.Editor(step=1.5, chunk=8, optimizer="adagrad"),
+    tr.Editor("prediction", step=0.01, chunk=8, optimizer="adam", rollback=True),
+    tr.Editor(step=0.5, chunk=4, also=tr.Editor("association", step=0.1, chunk=8, rollback=True)),
 ]
 LESSON = tr.Editor(step=1.0, chunk=3)
 
@@ -154,12 +156,15 @@ def test_tenants_in_turns_do_not_learn_from_each_other(model: tr.Model, tmp_path
 @pytest.mark.suite("soak")
 def test_many_tenants_for_long(model: tr.Model, tmp_path: Path, record: Callable[[str], None]) -> None:
     """200 tenants, 150 requests each: no memory shows in another, and the process does not grow."""
-    tenants, requests, sizes, everyone = 200, 150, [], []
+    tenants, requests, sizes, everyone, before = 200, 150, [], [], _resident()
     for everyone in _interleaved(model, tenants, requests, tmp_path):  # noqa: B007 - used below
         gc.collect()
         sizes.append(_resident())
     settled, last = max(sizes[len(sizes) // 5 : len(sizes) // 3]), max(sizes[-10:])
-    record(f"{tenants} tenants, {tenants * requests} requests: {settled} MB settled, {last} MB at the end")
+    record(
+        f"{tenants} tenants, {tenants * requests} requests: "
+        f"{before} MB before, {settled} MB settled, {last} MB at the end"
+    )
     assert last <= settled + 16
     for seed in range(0, tenants, 5):
         _assert_same(everyone[seed].end(), _alone(model, seed, requests, tmp_path))

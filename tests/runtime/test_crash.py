@@ -27,8 +27,9 @@ _CAP_DAC_OVERRIDE, _PR_CAPBSET_DROP = 1, 24
 
 @pytest.fixture(scope="module")
 def snapshots(model: tr.Model) -> tuple[tr.Snapshot, tr.Snapshot]:
-    """An old one and a new one of the same stream."""
-    session = model.session(0.5, tr.Editor(step=0.5, chunk=4))
+    """An old one and a new one of the same stream, with all that editors keep beside the state."""
+    layers = tr.Editor("prediction", step=0.01, chunk=8, optimizer="adam", rollback=True)
+    session = model.session(0.5, tr.Editor(step=0.5, chunk=4, optimizer="adagrad", also=layers))
     session.append(b"what was known")
     old = session.snapshot()
     session.append(b", and what came after")

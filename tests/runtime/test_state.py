@@ -238,7 +238,7 @@ def test_what_is_not_finite_is_not_loaded_either(
 ) -> None:
     array = np.full_like(snapshot.arrays["state.readout"], np.nan)
     with monkeypatch.context() as patch:
-        patch.setattr("titans_runtime.state._check_finite", lambda arrays, where: None)
+        patch.setattr("titans_runtime.state.check_finite", lambda arrays: None)
         _resaved(snapshot, tmp_path / "memory", state__readout=array)
     with pytest.raises(tr.StateError, match=r"state\.readout holds values that are not finite"):
         model.load_session(tmp_path / "memory")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.runtime.streams import assert_same_snapshot
-from titans_runtime import Model, TokenError
+from titans_runtime import Editor, Model, TokenError
 from titans_runtime.tokens import checked_tokens, checked_vectors
 
 BAD = {
@@ -41,10 +43,24 @@ def test_bad_tokens_are_refused_and_change_nothing(model: Model, tokens: object,
     session = model.session()
     session.append(b"before")
     before = session.snapshot()
-    for call in (session.append, session.observe):
+    calls: dict[str, Callable[[Any], object]] = {
+        "append": session.append,
+        "observe": session.observe,
+        "observe by another editor": lambda t: session.observe(t, Editor("prediction", step=0.1)),
+        "prepare": lambda t: session.prepare(t, passes=2),
+        "a prompt": lambda t: session.generate(1, prompt=t),
+    }
+    if tokens is None:
+        del calls["a prompt"]  # there is none
+    for name, call in calls.items():
         with pytest.raises(TokenError, match=re.escape(message)):
-            call(tokens)  # type: ignore[arg-type]
+            call(tokens)
+        assert_same_snapshot(session.snapshot(), before), name
+    other = model.session()
+    with model.batch([session, other]) as batch, pytest.raises(TokenError, match=re.escape(message)):
+        batch.append([tokens, b"fine"])  # type: ignore[list-item]
     assert_same_snapshot(session.snapshot(), before)
+    assert other.position == 0
 
 
 @given(ids=st.lists(st.integers(-300, 300), min_size=1, max_size=20), vocab=st.integers(1, 300))

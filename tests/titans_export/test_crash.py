@@ -12,8 +12,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from safetensors.numpy import load as load_arrays
 
 from tests.crashes import killed_at_every_step
+from titans_converters.gradients import gradient_graphs
 from titans_converters.onnx.trace import trace
 from titans_export import pipeline
 from titans_export.config import PRESETS, overridden
@@ -37,13 +39,18 @@ def _content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.suite("crash")
-@pytest.mark.parametrize("replaces", [True, False], ids=["an older bundle", "nothing"])
+@pytest.mark.parametrize(
+    ("replaces", "weights"),
+    [(True, "float32"), (False, "float32"), (True, "int8")],
+    ids=["an older bundle", "nothing", "an older bundle by integers"],
+)
 def test_an_export_killed_at_every_step(
     tiny_checkpoint: Path,
     tiny_bundle: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     replaces: bool,
+    weights: str,
 ) -> None:
     """All that reaches the disk: what is computed before that is computed once, here."""
     checkpoint, out = tmp_path / "checkpoint", tmp_path / "here" / "bundle"
@@ -53,10 +60,15 @@ def test_an_export_killed_at_every_step(
         model.head.weight.mul_(1.5)
     save_checkpoint(model, checkpoint)
     exportable = load_exportable(checkpoint)
-    goldens, graphs = exportable.goldens(), _traced(checkpoint)
+    graphs = _traced(checkpoint, quantised=weights == "int8")
+    gradients = gradient_graphs(graphs["model"], pipeline.editable_memories(exportable))
+    # Goldens are those of the rounded weights.
+    pipeline.export_bundle(checkpoint, tmp_path / "new", weights=weights)
+    goldens = load_arrays((tmp_path / "new" / bundles.GOLDENS_NAME).read_bytes())
     monkeypatch.setattr(type(exportable), "goldens", lambda self: goldens)
     monkeypatch.setattr(pipeline, "trace", lambda program, _: graphs[program.name])
-    pipeline.export_bundle(checkpoint, tmp_path / "new")
+    monkeypatch.setattr(pipeline, "gradient_graphs", lambda *_: gradients)
+    pipeline.export_bundle(checkpoint, tmp_path / "new", weights=weights)
     old, new = _content(tiny_bundle) if replaces else None, _content(tmp_path / "new")
     assert old != new
 
@@ -69,7 +81,7 @@ def test_an_export_killed_at_every_step(
     found = [
         _content(out) if out.exists() else None
         for _ in killed_at_every_step(
-            lambda: pipeline.export_bundle(checkpoint, out), out.parent, prepare=prepare
+            lambda: pipeline.export_bundle(checkpoint, out, weights=weights), out.parent, prepare=prepare
         )
     ]
     assert [content for content in found if content not in (old, new)] == []
@@ -78,9 +90,10 @@ def test_an_export_killed_at_every_step(
     assert len(found) > 100
 
 
-def _traced(checkpoint: Path) -> dict[str, ir.Model]:
+def _traced(checkpoint: Path, quantised: bool) -> dict[str, ir.Model]:
     exportable = load_exportable(checkpoint)
-    return {program.name: trace(program, exportable.recurrences()) for program in exportable.programs()}
+    programs = exportable.programs(quantised=quantised)
+    return {program.name: trace(program, exportable.recurrences()) for program in programs}
 
 
 # --- training

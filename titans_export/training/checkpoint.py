@@ -25,16 +25,32 @@ _CONFIG_KEY = "config"
 
 
 def save_checkpoint(model: TitansModel, folder: Path) -> None:
-    """Write the model's config and weights to ``folder``.
-
-    The weights name their config, so that files of two models, left by a process that was killed between
-    them, are told from a checkpoint.
-    """
+    """Write the model's config and weights to ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    content = save_tensors(tensors, {_CONFIG_KEY: _digest(model.config)})
-    write_atomically(folder / TENSORS_FILE, content)
+    save_weights(tensors, model.config.to_dict(), folder)
     write_json(folder / CONFIG_FILE, model.config.to_dict())
+
+
+def save_weights(tensors: dict[str, torch.Tensor], config: dict[str, Any], folder: Path) -> None:
+    """Write the weights, which name their config.
+
+    So files of two models, left by a process that was killed between them, are told from a checkpoint.
+    """
+    write_atomically(folder / TENSORS_FILE, save_tensors(tensors, {_CONFIG_KEY: _digest(config)}))
+
+
+def check_config(weights: Path, config: dict[str, Any]) -> None:
+    """Whether weights were saved with a config, as far as they name one.
+
+    Raises:
+        DataError: they name another.
+    """
+    if read_metadata(weights).get(_CONFIG_KEY, _digest(config)) != _digest(config):
+        raise DataError(
+            f"{weights}: was saved with another {CONFIG_FILE} than the one beside it; "
+            "a save was interrupted, or the config edited: train or import again"
+        )
 
 
 def load_checkpoint(folder: Path) -> TitansModel:
@@ -56,12 +72,7 @@ def load_checkpoint(folder: Path) -> TitansModel:
                 f"{folder / TENSORS_FILE}: {name} has shape {tuple(tensors[name].shape)}; "
                 f"config.json asks for {tuple(expected[name].shape)}"
             )
-    saved_with = read_metadata(folder / TENSORS_FILE).get(_CONFIG_KEY, _digest(config))
-    if saved_with != _digest(config):
-        raise DataError(
-            f"{folder / TENSORS_FILE}: was saved with another {CONFIG_FILE} than the one beside it; "
-            "a save was interrupted, or the config edited: train or import again"
-        )
+    check_config(folder / TENSORS_FILE, config.to_dict())
     model = TitansModel(config)
     model.load_state_dict(tensors)
     return model.eval()
@@ -99,8 +110,8 @@ def read_metadata(path: Path) -> dict[str, str]:
         return dict(file.metadata() or {})
 
 
-def _digest(config: ModelConfig) -> str:
-    return hashlib.sha256(canonical(config.to_dict())).hexdigest()
+def _digest(config: dict[str, Any]) -> str:
+    return hashlib.sha256(canonical(config)).hexdigest()
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -32,6 +32,7 @@ from titans_export.training.evaluate import bits_per_byte
 from titans_export.training.whitening import measure_whitening
 from titans_runtime.errors import DataError
 from titans_runtime.files import write_atomically
+from titans_runtime.json_reader import parse_object
 
 PROGRESS_FILE = "training.safetensors"
 SUMMARY_FILE = "training.json"
@@ -291,5 +292,7 @@ def _metadata(path: Path) -> dict[str, Any]:
     metadata = read_metadata(path)
     if "training" not in metadata:
         raise DataError(f"{path}: no state of a training; remove it or change --out")
-    content: dict[str, Any] = json.loads(metadata["training"])
-    return content
+    try:
+        return parse_object(metadata["training"].encode(), path.name)
+    except ValueError:
+        raise DataError(f"{path}: no state of a training; remove it or change --out") from None

@@ -86,6 +86,7 @@ def _contestants(args: argparse.Namespace, job: Job) -> tuple[list[Contestant], 
         except EnvironmentProblem as error:
             absent.append(Absent(name, job.threads, str(error)))
     for folder in args.beside:
+        open_bundle(folder)  # one that is not there is a mistake, and no absent backend
         label = folder.resolve().name
         if any(one.name == label for one in contestants):
             raise UsageError(f"--beside {folder}: {label!r} is taken; give its folder another name")

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import random
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -16,6 +22,7 @@ from tests.titans_export.importers.cases import MEMORY_BASE, TRANSFORMER_BASE, T
 from tests.titans_export.importers.library import MEMORY, TRANSFORMER, library_model
 from titans_export.config import ModelConfig
 from titans_export.exportable import load_exportable
+from titans_export.importers.titans_pytorch.checkpoint import _read
 from titans_runtime.cli import main
 from titans_runtime.errors import DataError
 
@@ -273,3 +280,43 @@ def test_a_checkpoint_of_another_kind_is_damaged_data(memory: Tensors, tmp_path:
         (out / "config.json").write_text(json.dumps(config | broken))
         with pytest.raises(DataError, match=r"config\.json"):
             load_exportable(out)
+
+
+@pytest.mark.parametrize(
+    "content", [b"[" * 100_000, b'{"dim": 16, "dim": 8}', b"[1]", b"{", b"\xff\xfe", b" " * (4 * 2**20 + 1)]
+)
+def test_arguments_that_are_no_object_are_a_line(
+    memory: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    (tmp_path / "model.json").write_bytes(content)
+    code, out = _import(tmp_path, memory, None)
+    assert code == 3
+    assert f"{tmp_path}/model.json: must hold the constructor's arguments as a JSON object (" in _line(capsys)
+    assert not out.exists()
+
+
+@given(seed=st.integers(0, 2**32), zipped=st.booleans(), changes=st.integers(1, 8))
+def test_a_file_with_other_bytes_is_read_or_refused(seed: int, zipped: bool, changes: int) -> None:
+    """A damaged pickle makes `torch.load` raise anything: IndexError, struct.error, AssertionError, …"""
+    choice, stream = random.Random(seed), io.BytesIO()
+    torch.save({"a": torch.ones(3, 2), "b": torch.zeros(4)}, stream, _use_new_zipfile_serialization=zipped)
+    content = bytearray(stream.getvalue())
+    for _ in range(changes):
+        place = choice.randrange(len(content) // 2)
+        content[place : place + choice.randrange(3)] = choice.randbytes(choice.randrange(3))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.pt"
+        path.write_bytes(content)
+        with contextlib.suppress(DataError):
+            assert all(torch.isfinite(tensor).all() for tensor in _read(path, None).values())
+
+
+def test_the_weights_of_another_import_are_refused(memory: Tensors, tmp_path: Path) -> None:
+    """A process that is killed between the files of a checkpoint leaves those of two."""
+    _, out = _import(tmp_path, memory, MEMORY_BASE)
+    weights = (out / "weights.safetensors").read_bytes()
+    _import(tmp_path, memory, MEMORY_BASE | {"default_step_transform_max_lr": 0.5})
+    load_exportable(out)
+    (out / "weights.safetensors").write_bytes(weights)
+    with pytest.raises(DataError, match=r"was saved with another config\.json than the one beside it; "):
+        load_exportable(out)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import pickle
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from titans_export.importers.titans_pytorch.exportable import ImportedModel
@@ -30,9 +26,17 @@ from titans_export.importers.titans_pytorch.options import (
     from_dict,
     to_dict,
 )
-from titans_export.training.checkpoint import CONFIG_FILE, TENSORS_FILE, read_tensors, write_json
+from titans_export.training.checkpoint import (
+    CONFIG_FILE,
+    TENSORS_FILE,
+    check_config,
+    read_tensors,
+    save_weights,
+    write_json,
+)
 from titans_runtime.errors import DataError, UsageError
-from titans_runtime.files import write_atomically
+from titans_runtime.json_reader import parse_object
+from titans_runtime.quiet import quiet
 
 LIBRARY = "titans-pytorch"
 _EDITING = {"edit": 1.0, "editor": None}
@@ -110,7 +114,7 @@ def save_imported(model: LibraryModel, config: dict[str, Any], folder: Path) -> 
     """Write a checkpoint whose memories learn as they do in the library."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    write_atomically(folder / TENSORS_FILE, save_tensors(state))
+    save_weights(state, config, folder)
     write_json(folder / _EDITING_FILE, _EDITING)
     write_json(folder / CONFIG_FILE, config)
 
@@ -137,6 +141,7 @@ def load_imported(folder: Path, config: Mapping[str, Any]) -> ImportedModel:
         raise DataError(f"{path}: {error}") from None
     model = build_model(kind, options)
     _fill(model, folder / TENSORS_FILE)
+    check_config(folder / TENSORS_FILE, dict(config))
     return ImportedModel(model, dict(config))
 
 
@@ -178,17 +183,14 @@ def _refuse_outside_weights(options: MemoryOptions | TransformerOptions) -> None
 
 def _arguments(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return parse_object(path.read_bytes(), path.name)
     except OSError as error:
         raise DataError(
             f"{path}: cannot be read ({error.strerror}); write the arguments that the model was built with "
             "as JSON there, or name their file with --config"
         ) from None
     except ValueError as error:
-        raise DataError(f"{path}: no JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: must hold an object, the constructor's arguments by name")
-    return content
+        raise DataError(f"{path}: must hold the constructor's arguments as a JSON object ({error})") from None
 
 
 def _read(file: Path, entry: str | None) -> dict[str, Tensor]:
@@ -213,17 +215,13 @@ def _read(file: Path, entry: str | None) -> dict[str, Tensor]:
 def _unpickled(file: Path) -> object:
     """By ``torch.load`` with nothing but tensors allowed."""
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with quiet():
+            return torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror})") from None
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        zipfile.BadZipFile,
-    ) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - what a damaged pickle raises is anything
         reason = str(error).strip().split("\n", maxsplit=1)[0]
         raise DataError(
             f"{file}: no file of tensors ({reason}); save model.state_dict() with torch.save, or safetensors"
