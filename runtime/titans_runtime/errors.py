@@ -51,6 +51,12 @@ class EnvironmentProblem(TitansError):
     exit_code = 4
 
 
+class OverloadError(TitansError):
+    """A queue that is full; ask again later."""
+
+    exit_code = 4
+
+
 class NumericsError(TitansError):
     """A value that is not finite; the session is as it was before the call."""
 

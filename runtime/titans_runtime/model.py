@@ -106,15 +106,20 @@ class Model:
             editor = Editor.from_dict(recommended["editor"]) if recommended["editor"] else None
         return Session(self, checked_edit(strength, self.manifest.edit_layers), editor)
 
-    def batch(self, sessions: Sequence[Session]) -> Batch:
+    def batch(self, sessions: Sequence[Session], room: int | None = None) -> Batch:
         """Run several sessions in one call; see :class:`titans_runtime.batch.Batch`.
 
+        Args:
+            sessions: of this model.
+            room: for how many, where others will join; default is for these alone.
+
         Raises:
-            UsageError: there is none, one is given twice, or one belongs to another model.
+            UsageError: there is none, one is given twice, one belongs to another model, or there is no
+                room for all.
         """
         from titans_runtime.batch import Batch
 
-        return Batch(self, sessions)
+        return Batch(self, sessions, room)
 
     def load_session(self, path: str | os.PathLike[str]) -> Session:
         """Continue a stream from a memory file.

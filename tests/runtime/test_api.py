@@ -51,6 +51,7 @@ def test_public_names_and_their_methods_are_documented() -> None:
         (tr.StateError, 3),
         (tr.TokenError, 3),
         (tr.EnvironmentProblem, 4),
+        (tr.OverloadError, 4),
     ],
 )
 def test_every_error_is_of_one_tree_and_has_its_exit_code(error: type[tr.TitansError], code: int) -> None:
@@ -64,7 +65,7 @@ def test_every_public_error_has_been_listed_above() -> None:
         for name in tr.__all__
         if inspect.isclass(getattr(tr, name)) and issubclass(getattr(tr, name), Exception)
     ]
-    assert len(errors) == 10
+    assert len(errors) == 11
 
 
 def test_the_version_is_that_of_the_distribution() -> None:

@@ -133,6 +133,75 @@ def test_rows_that_ran_alone_are_undone_too(
             assert_same_snapshot(session._snapshot(), mark)
 
 
+def test_sessions_join_and_leave_between_calls(model: tr.Model) -> None:
+    """Whoever is there goes on as if alone, on whichever row it comes to stand."""
+    alone, together = _sessions(model), _sessions(model)
+    single = dict(zip(together, alone, strict=True))
+    first, second, third = together
+    with model.batch([first], room=3) as batch:
+        for joins, leaves, text in (
+            ([second], [], b"ab"),
+            ([third], [], b"c"),
+            ([], [first], b"d"),
+            ([first], [third], b"efg"),
+            ([], [first, second], b""),
+            ([third], [], b"h"),
+        ):
+            for session in leaves:
+                batch.leave(session)
+                session.append(b"by itself")
+                single[session].append(b"by itself")
+            for session in joins:
+                batch.join(session)
+            for _ in text:
+                tokens = [text[:1] for _ in batch.sessions]
+                for session, logits in zip(batch.sessions, batch.append(tokens), strict=True):
+                    assert relative_error(logits, single[session].append(text[:1])) <= 1e-5
+        assert batch.sessions == (third,)
+        assert batch.append([b"i"])
+        single[third].append(b"i")
+    for session in together:
+        _assert_close(session, single[session])
+
+
+def test_a_row_may_see_tokens_without_learning(model: tr.Model) -> None:
+    sessions = [model.session(editor=Editor(step=0.5, chunk=2)) for _ in range(2)]
+    with model.batch(sessions) as batch:
+        for token in (b"a", b"b", b"c", b"d", b"e", b"f"):
+            batch.append([token, token], teach=[True, False])
+        with pytest.raises(tr.UsageError, match="teach has 1 values"):
+            batch.append([b"a", b"b"], teach=[True])
+        with pytest.raises(tr.UsageError, match="of one token"):
+            batch.append([b"ab", b"b"], teach=[True, False])
+    taught, plain = (session.snapshot().arrays["state.readout"] for session in sessions)
+    initial = model.initial["readout"]
+    assert not np.array_equal(taught, initial)
+    assert np.array_equal(plain, initial)
+
+
+def test_who_may_join_and_leave(model: tr.Model, tiny_bundle: str) -> None:
+    first, second = model.session(), model.session()
+    with model.batch([], room=1) as batch:
+        assert batch.append([]) == []
+        batch.join(first)
+        with pytest.raises(tr.UsageError, match="is full, with 1 sessions"):
+            batch.join(second)
+        with pytest.raises(tr.UsageError, match="does not hold"):
+            batch.leave(second)
+        batch.leave(first)
+        with second._exclusive(), pytest.raises(tr.UsageError, match="in use"):
+            batch.join(second)
+        with pytest.raises(tr.UsageError, match="another model"):
+            batch.join(tr.load(tiny_bundle, threads=1).session())
+        assert (batch.sessions, batch.room) == ((), 1)
+    for call in (batch.join, batch.leave):
+        with pytest.raises(tr.UsageError, match="is not open"):
+            call(first)
+    for room in (0, 1, True, 2.0):
+        with pytest.raises(tr.UsageError, match="room is"):
+            model.batch([first, second], room)  # type: ignore[arg-type]
+
+
 def test_its_sessions_belong_to_the_batch(model: tr.Model) -> None:
     session, other = model.session(), model.session()
     with model.batch([session]) as batch:

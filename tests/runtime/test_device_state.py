@@ -74,6 +74,24 @@ def test_a_call_that_fails_leaves_the_session_as_it_was(
     assert all(np.array_equal(array, after[name]) for name, array in before.items())
 
 
+def test_sessions_join_and_leave_there(model: tr.Model, on_device: tr.Model) -> None:
+    """Vacant rows are computed along; whoever moves to another row takes its state along."""
+
+    def run(model: tr.Model) -> list[Array]:
+        sessions = [model.session() for _ in range(3)]
+        seen = []
+        with model.batch(sessions[:2], room=4) as batch:
+            seen += batch.append([b"abc", b"de"])
+            batch.join(sessions[2])
+            seen += batch.append([b"f", b"g", b"h"])
+            batch.leave(sessions[0])
+            seen += batch.append([b"i", b"j"])
+        return [*seen, *(session.append(b"k") for session in sessions)]
+
+    for ours, host in zip(run(on_device), run(model), strict=True):
+        assert np.abs(ours - host).max() <= 1e-5 * np.abs(host).max()
+
+
 def test_goldens_are_replayed_there(tiny_bundle: Path, on_device: tr.Model) -> None:
     assert tr.verify(tiny_bundle).passed
 

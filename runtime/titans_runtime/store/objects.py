@@ -64,6 +64,7 @@ class ObjectStore:
                 written, or it overwrites what exists.
         """
         fsspec = optional_import("fsspec", "store")
+        optional_import("fsspec.asyn", "store")
         self._url, self._clock = url, clock
         try:
             chosen = {"use_listings_cache": False, **(options or {})}
@@ -239,8 +240,10 @@ class ObjectStore:
                 self._fs.rm_file(_object(folder, number))
 
     def _check_exclusive(self, fsspec: Any) -> None:  # noqa: ANN401 - a module
-        generic = fsspec.spec.AbstractFileSystem.pipe_file
-        refuses = self._is_local or getattr(type(self._fs), "pipe_file", generic) is not generic
+        # The generic form looks first and then writes: of two writers both may find nothing.
+        generic = (fsspec.spec.AbstractFileSystem.pipe_file, fsspec.asyn.AsyncFileSystem._pipe_file)  # noqa: SLF001
+        own = getattr(type(self._fs), "_pipe_file", type(self._fs).pipe_file)
+        refuses = self._is_local or own not in generic
         path = f"{self._root}/.probe-{secrets.token_hex(8)}"
         with self._reached():
             self._create(path, b"one")

@@ -1,0 +1,372 @@
+"""Continuous batching: sessions join and leave the running batch between tokens.
+
+A step does two things. One session that still reads its prompt reads a segment more, by itself: a segment
+fills the processor without company. And all sessions that write draw a token each and see it in one call
+of the model. So a long prompt delays the others by a segment a token and no more; readers take turns, and
+so do owners at the door.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, Self
+
+import numpy as np
+
+from titans_runtime.backends import Array
+from titans_runtime.errors import EnvironmentProblem, OverloadError, TitansError, UsageError
+from titans_runtime.serving.request import Deliver, Finished, Piece, Request, Stream
+from titans_runtime.session import SEGMENT
+from titans_runtime.tokens import checked_input
+
+if TYPE_CHECKING:
+    from titans_runtime.model import Model
+
+SLOTS: Final = 16
+WAITING: Final = 256
+READ: Final = 128
+"""Tokens that one reader reads in a step: half the time of a decoding step of 16 sessions, or less."""
+
+
+@dataclass
+class _Run:
+    """One request under way."""
+
+    stream: Stream
+    prompt: Array
+    generator: np.random.Generator
+    read: int = 0
+    drawn: list[int] = field(default_factory=list)
+
+    @property
+    def request(self) -> Request:
+        return self.stream.request
+
+    @property
+    def has_read(self) -> bool:
+        return self.read == len(self.prompt)
+
+    def ending(self) -> str | None:
+        """Why nothing more is to be drawn, or None."""
+        if any(tuple(self.drawn[-len(stop) :]) == tuple(stop) for stop in self.request.stop):
+            return "stop"
+        return "length" if len(self.drawn) == self.request.max_new_tokens else None
+
+
+@dataclass
+class Counters:
+    """What a scheduler has done so far."""
+
+    steps: int = 0
+    read: int = 0
+    drawn: int = 0
+    finished: dict[str, int] = field(default_factory=dict)
+
+
+class Scheduler:
+    """Runs requests on one model; submit from any thread.
+
+    Either call :meth:`step` yourself, or :meth:`start` a thread that does. A session whose request is
+    cancelled, late or fails stands where it stood between two steps; fork it before, to return to it.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        slots: int = SLOTS,
+        waiting: int = WAITING,
+        waiting_of_one: int | None = None,
+        segment: int = READ,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Take no request yet.
+
+        Args:
+            model: of all sessions.
+            slots: requests that run at once.
+            waiting: requests that wait for a slot at most.
+            waiting_of_one: those of one owner among them; default is a quarter.
+            segment: tokens of a prompt that are read in a step.
+            clock: of the deadlines.
+
+        Raises:
+            UsageError: a number is no integer, 1 or more.
+        """
+        few = max(waiting // 4, 1) if waiting_of_one is None else waiting_of_one
+        for name, value in (
+            ("slots", slots),
+            ("waiting", waiting),
+            ("waiting_of_one", few),
+            ("segment", segment),
+        ):
+            if type(value) is not int or value < 1:
+                raise UsageError(f"scheduler {name} is {value!r}; it must be an integer, 1 or more")
+        self.model, self.clock = model, clock
+        self._slots, self._most_waiting, self._most_of_one, self._segment = slots, waiting, few, segment
+        self._resources = contextlib.ExitStack()
+        self._batch = self._resources.enter_context(model.batch([], room=slots))
+        self._waiting: OrderedDict[str, deque[_Run]] = OrderedDict()  # by owner, the next one first
+        self._reading: deque[_Run] = deque()
+        self._writing: dict[int, _Run] = {}  # by the id of the session, which the batch holds
+        self._lock = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._closing = self._abandons = False
+        self.counters = Counters()
+
+    # --- from any thread
+
+    def submit(self, request: Request, deliver: Deliver | None = None) -> Stream:
+        """Queue a request.
+
+        Args:
+            request: its session must be used by nobody else until the end.
+            deliver: called with every event, in the scheduler's thread, in place of iterating the stream.
+                It must not block.
+
+        Raises:
+            OverloadError: the queue is full, of all or of this owner, or the scheduler is closed.
+            UsageError: the session belongs to another model.
+            TokenError: the prompt is of a wrong type or out of range.
+        """
+        if request.session.model is not self.model:
+            raise UsageError("scheduler: the session belongs to another model")
+        prompt = checked_input(request.prompt, self.model.manifest) if len(request.prompt) else _NOTHING
+        run = _Run(Stream(request, deliver), prompt, np.random.default_rng(request.seed))
+        with self._lock:
+            if self._closing:
+                raise OverloadError("scheduler: is closed; ask another one")
+            own = self._waiting.get(request.owner, ())
+            if self.waiting >= self._most_waiting:
+                raise OverloadError(
+                    f"{self.waiting} requests wait already, which is the limit; ask again later"
+                )
+            if len(own) >= self._most_of_one:
+                raise OverloadError(
+                    f"{len(own)} requests of yours wait already, which is the limit; ask again later"
+                )
+            self._waiting.setdefault(request.owner, deque()).append(run)
+            self._lock.notify()
+        return run.stream
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a slot."""
+        return sum(len(queue) for queue in list(self._waiting.values()))
+
+    @property
+    def running(self) -> int:
+        """Requests that hold a slot."""
+        return len(self._reading) + len(self._writing)
+
+    def start(self) -> Self:
+        """Let a thread of its own take the steps."""
+        self._thread = threading.Thread(target=self._work, name="titans-scheduler", daemon=True)
+        self._thread.start()
+        return self
+
+    def close(self, patience: float = 0.0) -> None:
+        """Take no more requests, give those under way some time, and end what is left as ``closed``.
+
+        Args:
+            patience: seconds.
+        """
+        with self._lock:
+            self._closing = True
+            self._lock.notify()
+        if self._thread is not None:
+            self._thread.join(patience)
+        else:
+            until = self.clock() + patience
+            while self.clock() < until and self.step():
+                pass
+        self._abandons = True
+        with self._lock:
+            self._lock.notify()
+        if self._thread is not None:
+            self._thread.join()
+        self._end_all()
+        self._resources.close()
+
+    # --- in one thread
+
+    def step(self) -> bool:
+        """Advance every session that runs; whether any did."""
+        self._dismiss()
+        self._admit()
+        if not self.running:
+            return False
+        self.counters.steps += 1
+        self._write()
+        self._read()
+        return True
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                while not (self.waiting or self.running or self._closing):
+                    self._lock.wait()
+            if self._abandons or (not (self.step() or self.waiting) and self._closing):
+                return
+
+    def _dismiss(self) -> None:
+        """End what is cancelled or late, wherever it is."""
+        now = self.clock()
+
+        def reason(run: _Run) -> str | None:
+            if run.stream.is_cancelled:
+                return "cancelled"
+            late = run.request.deadline is not None and run.request.deadline <= now
+            return "deadline" if late else None
+
+        with self._lock:
+            for owner, queue in list(self._waiting.items()):
+                for run in [run for run in queue if reason(run)]:
+                    queue.remove(run)
+                    self._finish(run, reason(run) or "")
+                if not queue:
+                    del self._waiting[owner]
+        for run in [run for run in self._reading if reason(run)]:
+            self._reading.remove(run)
+            self._finish(run, reason(run) or "")
+        for run in [run for run in self._writing.values() if reason(run)]:
+            self._leave(run)
+            self._finish(run, reason(run) or "")
+
+    def _admit(self) -> None:
+        """Fill the slots; owners take turns."""
+        while self.running < self._slots:
+            with self._lock:
+                if not self._waiting:
+                    return
+                owner, queue = next(iter(self._waiting.items()))
+                run = queue.popleft()
+                self._waiting.move_to_end(owner)
+                if not queue:
+                    del self._waiting[owner]
+            if run.has_read:
+                self._begin_to_write(run)
+            else:
+                self._reading.append(run)
+
+    def _read(self) -> None:
+        """Let the next reader read a segment, or more of it where nobody waits for that."""
+        if not self._reading:
+            return
+        run = self._reading.popleft()
+        alone = not self._reading and not self._writing
+        part = run.prompt[run.read : run.read + (SEGMENT if alone else self._segment)]
+        session = run.request.session
+        before = session.last_logits
+        try:
+            logits = session.append(part)
+        except Exception as error:  # noqa: BLE001 - whatever befalls one request, the others go on
+            self._fail(run, error)
+            return
+        run.read += len(part)
+        self.counters.read += len(part)
+        run.stream.deliver(Piece(part, drawn=False, scores=_scores(run, before, logits)))
+        if run.has_read:
+            self._begin_to_write(run)
+        else:
+            self._reading.append(run)
+
+    def _begin_to_write(self, run: _Run) -> None:
+        if run.request.max_new_tokens == 0:
+            self._finish(run, "length")
+            return
+        try:
+            self._batch.join(run.request.session)
+        except TitansError as error:
+            self._fail(run, error)
+        else:
+            self._writing[id(run.request.session)] = run
+
+    def _write(self) -> None:
+        """Let every writer draw a token and see it."""
+        runs = [self._writing[id(session)] for session in self._batch.sessions]
+        if not runs:
+            return
+        before = [run.request.session.last_logits for run in runs]
+        tokens = [
+            run.request.sampling.draw(logits, run.generator)
+            for run, logits in zip(runs, before, strict=True)
+            if logits is not None
+        ]
+        try:
+            self._batch.append([[token] for token in tokens], [run.request.learn for run in runs])
+        except Exception:  # noqa: BLE001 - of one of them, which is found by itself
+            went_well = [self._write_alone(run, token) for run, token in zip(runs, tokens, strict=True)]
+        else:
+            went_well = [True] * len(runs)
+        for run, token, logits, well in zip(runs, tokens, before, went_well, strict=True):
+            if well:
+                self._note(run, token, logits)
+
+    def _write_alone(self, run: _Run, token: int) -> bool:
+        """See a token outside the batch; whether it went well."""
+        session = run.request.session
+        self._leave(run)
+        try:
+            with self.model.batch([session]) as alone:
+                alone.append([[token]], [run.request.learn])
+            self._batch.join(session)
+        except Exception as error:  # noqa: BLE001 - likewise
+            self._fail(run, error)
+            return False
+        self._writing[id(session)] = run
+        return True
+
+    def _note(self, run: _Run, token: int, before: Array | None) -> None:
+        run.drawn.append(token)
+        self.counters.drawn += 1
+        scores = before[None] if run.request.scores and before is not None else None
+        run.stream.deliver(Piece(np.array([token], np.int64), drawn=True, scores=scores))
+        ending = run.ending()
+        if ending:
+            self._leave(run)
+            self._finish(run, ending)
+
+    def _leave(self, run: _Run) -> None:
+        session = run.request.session
+        del self._writing[id(session)]
+        self._batch.leave(session)
+
+    def _fail(self, run: _Run, error: Exception) -> None:
+        known = (
+            error
+            if isinstance(error, TitansError)
+            else EnvironmentProblem(f"{type(error).__name__}: {error}")
+        )
+        self._finish(run, "failed", known)
+
+    def _finish(self, run: _Run, reason: str, error: TitansError | None = None) -> None:
+        self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
+        run.stream.deliver(Finished(reason, error, run.read, len(run.drawn)))
+
+    def _end_all(self) -> None:
+        with self._lock:
+            left = [run for queue in self._waiting.values() for run in queue]
+            self._waiting.clear()
+        left += self._reading
+        self._reading.clear()
+        for run in list(self._writing.values()):
+            self._leave(run)
+            left.append(run)
+        for run in left:
+            self._finish(run, "closed")
+
+
+_NOTHING: Final = np.empty(0, np.int64)
+
+
+def _scores(run: _Run, before: Array | None, logits: Array) -> Array | None:
+    """Logits under which the tokens stood that have brought ``logits (T, V)``."""
+    if not run.request.scores:
+        return None
+    first = np.zeros_like(logits[0]) if before is None else before
+    return np.concatenate([first[None], logits[:-1]])
