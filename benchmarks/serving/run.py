@@ -28,9 +28,11 @@ from titans_runtime.serving import Piece, Request, Scheduler
 RESULTS = Path(__file__).parents[1] / "results" / "serving"
 TEXT = Path(__file__).parents[1] / "data" / "alternatives.log"
 SESSIONS = (1, 2, 4, 8, 16, 32, 64)
+Drawn = tuple[dict[str, float], list[list[int]]]
 
 
 def main() -> None:
+    """Measure, and write numbers, page and plot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
@@ -80,7 +82,8 @@ def measure(model: tr.Model, count: int, prompt: int, new: int, rounds: int) -> 
     return row
 
 
-def batched_round(model: tr.Model, texts: list[bytes], new: int) -> tuple[dict[str, float], list[list[int]]]:
+def batched_round(model: tr.Model, texts: list[bytes], new: int) -> Drawn:
+    """All requests through one scheduler."""
     scheduler = Scheduler(model, slots=len(texts), waiting_of_one=len(texts))
     sessions = [model.session() for _ in texts]
     times: list[list[float]] = [[] for _ in texts]
@@ -101,7 +104,8 @@ def batched_round(model: tr.Model, texts: list[bytes], new: int) -> tuple[dict[s
     return figures(times, took), drawn
 
 
-def single_round(model: tr.Model, texts: list[bytes], new: int) -> tuple[dict[str, float], list[list[int]]]:
+def single_round(model: tr.Model, texts: list[bytes], new: int) -> Drawn:
+    """One whole request after the other."""
     sessions = [model.session() for _ in texts]
     times: list[list[float]] = []
     drawn: list[list[int]] = []
@@ -139,7 +143,7 @@ def long_document(model: tr.Model, prompt: int, tokens: int = 8192) -> dict[str,
         for _ in range(10):
             scheduler.step()
         document = (TEXT.read_bytes() * 100)[:tokens]
-        scheduler.submit(Request(model.session(), document), lambda event: None)
+        scheduler.submit(Request(model.session(), document), lambda _: None)
         while scheduler.step():
             pass
         scheduler.close()
@@ -148,11 +152,13 @@ def long_document(model: tr.Model, prompt: int, tokens: int = 8192) -> dict[str,
 
 
 def prompts(count: int, length: int) -> list[bytes]:
+    """Different ones."""
     text = TEXT.read_bytes()
     return [text[37 * row : 37 * row + length] for row in range(count)]
 
 
 def figures(times: list[list[float]], took: float) -> dict[str, float]:
+    """Throughput and latencies of a round, in seconds."""
     first = [own[0] for own in times]
     whole = [own[-1] for own in times]
     return {
@@ -167,34 +173,29 @@ def figures(times: list[list[float]], took: float) -> dict[str, float]:
 def table(report: dict[str, Any]) -> str:
     """The results as a page."""
     options, machine = report["options"], report["machine"]
-    lines = [
-        "# Continuous batching against one request after the other",
-        "",
-        f"Prompts of {options['prompt']} tokens, {options['new']} drawn, editing as the bundle recommends; all requests "
-        f"arrive at once. {options['threads']} thread, {machine['processor']}, "
-        f"onnxruntime; medians of {options['rounds']} rounds, both ways in turns in one process. "
-        "What both drew was equal.",
-        "",
-        "![Tokens per second and latency](batching.png)",
-        "",
-        "| sessions | tokens/s, batched | one by one | ratio (range) | first token p50 / p99, ms | one by one | "
-        "whole answer p50 / p99, ms | one by one |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    how = (
+        f"Prompts of {options['prompt']} tokens, {options['new']} drawn, editing as the bundle recommends; "
+        f"all requests arrive at once. {options['threads']} thread, {machine['processor']}; medians of "
+        f"{options['rounds']} rounds, both ways in turns in one process. What both drew was equal."
+    )
+    lines = ["# Continuous batching against one request after the other", "", how, ""]
+    lines += ["![Tokens per second and latency](batching.png)", ""]
+    heads = ["sessions", "tokens/s, batched", "one by one", "ratio (range)"]
+    heads += ["first token p50 / p99, ms", "one by one", "whole answer p50 / p99, ms", "one by one"]
+    lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in report["rows"]:
         ours, theirs = row["batched"], row["one by one"]
         cells = [str(row["sessions"])]
         cells += [f"{way['tokens_per_second']:,.0f}" for way in (ours, theirs)]
         cells += [f"**{row['ratio']:.2f}** ({row['ratio_low']:.2f}-{row['ratio_high']:.2f})"]
         for name in ("first", "whole"):
-            cells += [
-                f"{1000 * w[f'{name}_p50']:,.0f} / {1000 * w[f'{name}_p99']:,.0f}" for w in (ours, theirs)
-            ]
+            for way in (ours, theirs):
+                cells.append(f"{1000 * way[f'{name}_p50']:,.0f} / {1000 * way[f'{name}_p99']:,.0f}")
         lines.append(f"| {' | '.join(cells)} |")
     gaps = report["beside_a_long_document"]
     lines += [
         "",
-        "While 8 sessions write and a document of 8,192 tokens is read, the longest gap between two tokens is "
+        "While 8 sessions write and a document of 8,192 tokens is read, the longest gap between two is "
         + ", ".join(f"{gap:,.0f} ms where it is read {name}" for name, gap in gaps.items())
         + ".",
         "",
