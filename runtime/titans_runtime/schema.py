@@ -20,10 +20,13 @@ from titans_runtime.manifest import (
     FORMAT_VERSION,
     FORMATS,
     INITIAL_NAME,
+    MAX_TOKENS,
+    ONNX,
     ROLES,
     TOKENIZERS,
     FileEntry,
     GraphSpec,
+    LengthSpec,
     Manifest,
     StateSpec,
     TensorSpec,
@@ -90,6 +93,10 @@ _FIELDS: dict[type, dict[str, Schema]] = {
     TensorSpec: {"dtype": {"enum": list(DTYPES)}, "shape": _AXES},
     GraphSpec: {
         "formats": _object(dict.fromkeys(FORMATS, _SCALARS[str]), optional=FORMATS),
+    },
+    LengthSpec: {
+        "tokens": {"type": "integer", "minimum": 1, "maximum": MAX_TOKENS},
+        "format": {"enum": [ONNX, *FORMATS]},
     },
     FileEntry: {"sha256": _SHA256, "size": _COUNT},
     Editor: {

@@ -16,7 +16,7 @@ from titans_runtime.buffers import StateBuffers
 from titans_runtime.editing import Editing
 from titans_runtime.editor import Editor
 from titans_runtime.errors import NumericsError, StateError, UsageError
-from titans_runtime.manifest import Manifest
+from titans_runtime.manifest import MAX_TOKENS, Manifest
 from titans_runtime.readout import Keys
 from titans_runtime.report import EditLog, EditReport
 from titans_runtime.sampling import Sampling
@@ -27,7 +27,7 @@ from titans_runtime.tokens import Tokens, checked_input
 if TYPE_CHECKING:
     from titans_runtime.model import Model
 
-SEGMENT: Final = 512
+SEGMENT: Final = MAX_TOKENS
 """Tokens that the model takes at once; longer input is cut. Bounds a call's memory, but for its result."""
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from titans_runtime.backends import ON_HOST, Array, Call, Graph, Residence
+from titans_runtime.backends.lengths import open_lengths
 from titans_runtime.backends.mirror import Mirrors, is_state, whole
 from titans_runtime.backends.pages import large_pages
 from titans_runtime.backends.placement import RECORD, Placement, check_placement, read_placement
@@ -22,7 +23,7 @@ from titans_runtime.errors import BundleError, EnvironmentProblem, TitansError, 
 if TYPE_CHECKING:
     import onnxruntime
 
-    from titans_runtime.manifest import Manifest
+    from titans_runtime.manifest import GraphSpec, Manifest
 
 _TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "int64": "tensor(int64)"}
 DEFAULT_PROVIDERS = ("CPUExecutionProvider",)
@@ -99,16 +100,24 @@ class OnnxRuntimeBackend:
         """
         with self._lock:
             if name not in self._graphs:
-                # The editor works on the host: what a gradient graph reads and writes is copied every time.
-                mirrors = self._mirrors if name == "model" else None
-                self._graphs[name] = OnnxRuntimeGraph(self._ort, self._load(name), mirrors)
+                self._graphs[name] = self._open(name)
             return self._graphs[name]
 
-    def _load(self, name: str) -> onnxruntime.InferenceSession:
+    def _open(self, name: str) -> Graph:
         spec = self._bundle.manifest.graphs.get(name)
         if spec is None:
             known = ", ".join(self._bundle.manifest.graphs)
             raise BundleError(f"{self._bundle.folder}: no graph {name!r}; it has {known}")
+        # The editor works on the host: what a gradient graph reads and writes is copied every time.
+        mirrors = self._mirrors if name == "model" else None
+
+        def load(file: str, form: GraphSpec) -> Graph:
+            label = name if file == spec.file else Path(file).stem
+            return OnnxRuntimeGraph(self._ort, self._load(file, form, label), mirrors)
+
+        return open_lengths(spec, load)
+
+    def _load(self, file: str, spec: GraphSpec, name: str) -> onnxruntime.InferenceSession:
         options = self._ort.SessionOptions()
         options.log_severity_level = _QUIET
         options.inter_op_num_threads = 1
@@ -118,7 +127,7 @@ class OnnxRuntimeBackend:
         # than halved the speed of prefill with two threads on two cores; decode was the same.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry(RECORD, "1")
-        graph = self._bundle.read(spec.file)
+        graph = self._bundle.read(file)
         with contextlib.ExitStack() as until_loaded:
             if WEIGHTS_NAME.encode() in graph:
                 self._give_weights(options, until_loaded)
@@ -130,9 +139,9 @@ class OnnxRuntimeBackend:
                     graph, options, providers=_with_options(self._providers), enable_fallback=0
                 )
             except Exception as error:  # noqa: BLE001 - onnxruntime has no public base class for its errors
-                raise self._refusal(self._bundle.folder / spec.file, str(error)) from None
+                raise self._refusal(self._bundle.folder / file, str(error)) from None
         _check_fallback(session.get_providers(), self._providers)
-        _check_interface(session, spec, self._bundle)
+        _check_interface(session, spec, self._bundle.folder / file)
         self._placements[name] = read_placement(session)
         check_placement(self._placements[name], self._providers, name)
         return session
@@ -367,21 +376,19 @@ def _check_version(installed: str, required: str) -> None:
         )
 
 
-def _check_interface(session: onnxruntime.InferenceSession, spec: Any, bundle: Bundle) -> None:  # noqa: ANN401
+def _check_interface(session: onnxruntime.InferenceSession, spec: GraphSpec, path: Path) -> None:
     for kind, found, stated in (
         ("inputs", session.get_inputs(), spec.inputs),
         ("outputs", session.get_outputs(), spec.outputs),
     ):
         if {value.name for value in found} != {tensor.name for tensor in stated}:
-            raise BundleError(
-                f"{bundle.folder / spec.file}: its {kind} are not those that titans.json states; export again"
-            )
+            raise BundleError(f"{path}: its {kind} are not those that titans.json states; export again")
         types = {value.name: (value.type, value.shape) for value in found}
         for tensor in stated:
             kind_found, shape = types[tensor.name]
             if kind_found != _TYPES[tensor.dtype] or not _may_be(shape, tensor.shape):
                 raise BundleError(
-                    f"{bundle.folder / spec.file}: {tensor.name} is {kind_found} {shape}, not "
+                    f"{path}: {tensor.name} is {kind_found} {shape}, not "
                     f"{tensor.dtype} {list(tensor.shape)} as titans.json states; export again"
                 )
 

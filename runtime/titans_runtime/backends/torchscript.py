@@ -10,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 
 from titans_runtime.backends import ON_HOST, Array, Call, Graph, Residence
+from titans_runtime.backends.lengths import open_lengths
 from titans_runtime.backends.placement import Placement
 from titans_runtime.bundle import Bundle
 from titans_runtime.errors import BundleError, EnvironmentProblem
@@ -78,7 +79,9 @@ class TorchScriptBackend:
             raise BundleError(
                 f"{self._bundle.folder}: no graph {name!r} for {FORMAT}; export it with --format {FORMAT}"
             )
-        file = spec.formats[FORMAT]
+        return open_lengths(spec, self._read, FORMAT)
+
+    def _read(self, file: str, spec: GraphSpec) -> Graph:
         content = self._bundle.read(file)
         try:
             with quiet():  # TorchScript's deprecation is said once, in the documentation

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from titans_runtime.errors import BundleError
-from titans_runtime.manifest.specs import IDS, INITIAL_NAME, VECTORS, TensorSpec
+from titans_runtime.manifest.specs import IDS, INITIAL_NAME, VECTORS, GraphSpec, TensorSpec
 
 if TYPE_CHECKING:
     from titans_runtime.manifest.document import Manifest
@@ -46,9 +46,30 @@ def _check_files(manifest: Manifest) -> None:
         for field, file in (("file", graph.file), *((f"formats.{k}", f) for k, f in graph.formats.items())):
             if file not in manifest.files:
                 raise BundleError(f"titans.json: graphs.{name}.{field} {file!r} is not among the files")
+        _check_lengths(name, graph, manifest)
     learned = any(entry.initial == INITIAL_NAME for entry in manifest.state)
     if learned and INITIAL_NAME not in manifest.files:
         raise BundleError(f"titans.json: state begins as in {INITIAL_NAME!r}, which is not among the files")
+
+
+def _check_lengths(name: str, graph: GraphSpec, manifest: Manifest) -> None:
+    """Whether every number of tokens can be cut into those that there are graphs for."""
+    seen = set()
+    for one in graph.lengths:
+        if one.file not in manifest.files:
+            raise BundleError(f"titans.json: graphs.{name}.lengths: {one.file!r} is not among the files")
+        if (one.tokens, one.format) in seen:
+            raise BundleError(f"titans.json: graphs.{name}.lengths: {one.tokens} of {one.format} stand twice")
+        seen.add((one.tokens, one.format))
+    for kind in {one.format for one in graph.lengths}:
+        if graph.own_file(kind) is None:
+            raise BundleError(
+                f"titans.json: graphs.{name}.lengths: the graph has no file of its own in {kind}"
+            )
+        if not graph.takes_any_length(kind) and (1, kind) not in seen:
+            raise BundleError(
+                f"titans.json: graphs.{name}.lengths: {kind} has no graph of 1 token, to take what remains"
+            )
 
 
 def _check_state(manifest: Manifest) -> None:

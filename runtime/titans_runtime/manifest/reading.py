@@ -12,16 +12,19 @@ from titans_runtime.manifest.specs import (
     DTYPES,
     FORMATS,
     INITIAL_NAME,
+    MAX_TOKENS,
+    ONNX,
     ROLES,
     FileEntry,
     GraphSpec,
+    LengthSpec,
     StateSpec,
     TensorSpec,
 )
 
 _MAX_AXIS = 2**31 - 1
 _MAX_TENSOR = 2**30  # elements of a tensor, at one batch row and as many tokens as a call takes at once
-_MOST = {"tokens": 512}
+_MOST = {"tokens": MAX_TOKENS}
 
 
 def requires(reader: Fields) -> dict[str, Any]:
@@ -75,9 +78,22 @@ def graph_spec(value: object, where: str) -> GraphSpec:
             _tensor(item, f"{where}.outputs[{i}]") for i, item in enumerate(fields.array("outputs"))
         ),
         formats=_formats(fields, where),
+        lengths=_lengths(fields, where),
     )
     fields.end()
     return graph
+
+
+def _lengths(fields: Fields, where: str) -> tuple[LengthSpec, ...]:
+    if fields.optional("lengths") is None:
+        return ()
+    found = []
+    for index, item in enumerate(fields.array("lengths")):
+        one = Fields(item, f"{where}.lengths[{index}]")
+        tokens = one.integer("tokens", 1, MAX_TOKENS)
+        found.append(LengthSpec(tokens, one.choice("format", (ONNX, *FORMATS)), one.string("file")))
+        one.end()
+    return tuple(found)
 
 
 def _formats(fields: Fields, where: str) -> dict[str, str]:
