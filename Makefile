@@ -23,7 +23,7 @@ $(STAMP): constraints.txt pyproject.toml runtime/pyproject.toml converters/pypro
 	$(PIP) install -c constraints.txt "$$(grep '^torch==' constraints.txt)"
 	$(PIP) install -c constraints.txt hatchling editables
 	$(PIP) install -c constraints.txt --no-build-isolation \
-		-e "./runtime[cpu,progress,plot]" -e "./converters[tensorrt]" -e ".[dev]"
+		-e "./runtime[cpu,progress,plot,serve]" -e "./converters[tensorrt]" -e ".[dev]"
 	touch $@
 
 demo: $(STAMP) ## the whole way on a small model: export, run, edit

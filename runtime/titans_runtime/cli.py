@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(commands)
     _add_generate(commands)
     _add_bench(commands)
+    _add_serve(commands)
     registered = list(entry_points(group="titans_runtime.commands"))
     for point in registered:
         point.load()(commands)
@@ -152,6 +153,16 @@ def _add_bench(commands: Subparsers) -> None:
     parser = commands.add_parser("bench", help="time backends side by side on the same weights and tokens")
     add_options(parser)
     parser.set_defaults(handler=_lazily("bench"))
+
+
+def _add_serve(commands: Subparsers) -> None:
+    from titans_runtime.serving.command import add_options
+
+    parser = commands.add_parser(
+        "serve", help="serve completions and memories over HTTP, with a page to watch"
+    )
+    add_options(parser)
+    parser.set_defaults(handler=_lazily("serve"))
 
 
 def _add_editing(parser: argparse.ArgumentParser) -> None:

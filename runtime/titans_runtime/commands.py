@@ -151,6 +151,13 @@ def bench(args: argparse.Namespace) -> int:
     return 0 if agreed else 1
 
 
+def serve(args: argparse.Namespace) -> int:
+    """Serve over HTTP until a signal comes."""
+    from titans_runtime.serving.command import serve as serve_bundle
+
+    return serve_bundle(args)
+
+
 def _open_session(args: argparse.Namespace) -> Session:
     chosen = args.no_edit or args.edit is not None or args.editor is not None
     if args.no_edit and (args.edit is not None or args.editor is not None):

@@ -15,6 +15,7 @@ from titans_runtime.editor import Editor
 from titans_runtime.errors import StateError, UsageError
 from titans_runtime.manifest import Manifest
 from titans_runtime.session import Session
+from titans_runtime.snapshot import Snapshot
 from titans_runtime.state import load_snapshot
 
 if TYPE_CHECKING:
@@ -127,11 +128,22 @@ class Model:
         Raises:
             StateError: the file is damaged or belongs to another bundle.
         """
-        snapshot = load_snapshot(Path(path), self.manifest)
+        return self.continued(load_snapshot(Path(path), self.manifest), str(path))
+
+    def continued(self, snapshot: Snapshot, where: str = "snapshot") -> Session:
+        """A new session that continues from a snapshot.
+
+        Args:
+            snapshot: of this bundle.
+            where: names it in messages.
+
+        Raises:
+            StateError: it belongs to another bundle, or its editor is none of this one.
+        """
         try:
             editor = Editor.from_dict(snapshot.editor) if snapshot.editor else None
         except (UsageError, TypeError) as error:
-            raise StateError(f"{path}: {error}") from None
+            raise StateError(f"{where}: {error}") from None
         session = Session(self, snapshot.edit, editor)
         session.restore(snapshot)
         return session

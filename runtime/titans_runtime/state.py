@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import stat
@@ -37,6 +38,15 @@ def save_snapshot(snapshot: Snapshot, path: Path) -> None:
         StateError: a value is not finite; nothing is written.
         EnvironmentProblem: the file cannot be written; an older one is untouched.
     """
+    write_atomically(path, snapshot_bytes(snapshot))
+
+
+def snapshot_bytes(snapshot: Snapshot) -> bytes:
+    """The content of a memory file.
+
+    Raises:
+        StateError: a value is not finite.
+    """
     try:
         check_finite(snapshot.arrays)
     except StateError as error:
@@ -50,8 +60,7 @@ def save_snapshot(snapshot: Snapshot, path: Path) -> None:
     }
     header["digest"] = _digest(header, snapshot.arrays)
     arrays = {name: np.ascontiguousarray(array) for name, array in snapshot.arrays.items()}
-    content = save_arrays(arrays, {_METADATA_KEY: json.dumps(header)})
-    write_atomically(path, content)
+    return save_arrays(arrays, {_METADATA_KEY: json.dumps(header)})
 
 
 def load_snapshot(path: Path, manifest: Manifest) -> Snapshot:
@@ -62,12 +71,27 @@ def load_snapshot(path: Path, manifest: Manifest) -> Snapshot:
             tensors do not fit.
     """
     with _opened(path) as (file, header):
-        if header["bundle"] != manifest.identity:
-            raise StateError(
-                f"{path}: the memory of bundle {str(header['bundle'])[:12]}…, not of "
-                f"{manifest.identity[:12]}…; open it with the bundle it was saved under"
-            )
-        arrays = _arrays(path, file, header, min(_MAX_BYTES, most_bytes(manifest)))
+        return _fitting(path, file, header, manifest)
+
+
+def snapshot_from_bytes(content: bytes, where: Path, manifest: Manifest) -> Snapshot:
+    """Read the content of a memory file for the bundle of ``manifest``.
+
+    Raises:
+        StateError: as for :func:`load_snapshot`; ``where`` names the content.
+    """
+    file = io.BytesIO(content)
+    return _fitting(where, file, _header(where, file), manifest)
+
+
+def _fitting(path: Path, file: BinaryIO, header: Mapping[str, Any], manifest: Manifest) -> Snapshot:
+    """The rest of a memory file whose header has been read, if it fits the bundle."""
+    if header["bundle"] != manifest.identity:
+        raise StateError(
+            f"{path}: the memory of bundle {str(header['bundle'])[:12]}…, not of "
+            f"{manifest.identity[:12]}…; open it with the bundle it was saved under"
+        )
+    arrays = _arrays(path, file, header, min(_MAX_BYTES, most_bytes(manifest)))
     snapshot = _snapshot(header, arrays)
     try:
         check_fits(snapshot, manifest)

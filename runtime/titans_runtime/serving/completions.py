@@ -1,0 +1,221 @@
+"""The way of a completion through the server: a memory in hand, streams of tokens, parts of an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import AsyncIterator
+from dataclasses import asdict
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+
+from titans_runtime.errors import ConflictError, OverloadError, UsageError
+from titans_runtime.serving.completion import REASONS, Writer, new_session, prompts_of, request_of
+from titans_runtime.serving.memories import Description
+from titans_runtime.serving.request import Event, Finished, Piece, Stream
+from titans_runtime.serving.schema import Choice, Completion, CompletionRequest, Logprobs, Memory, Usage
+from titans_runtime.serving.service import Service
+from titans_runtime.session import Session
+
+_KEPT = ("length", "stop")
+"""Ends after which a memory is kept as it stands; after others, if the prompt was read to its end."""
+
+
+class Running:
+    """One completion request under way: a memory or none, one stream a prompt."""
+
+    def __init__(self, service: Service, asked: CompletionRequest, owner: str) -> None:
+        """Then :meth:`begin`, and whatever happens :meth:`end`."""
+        self._service, self._asked, self._owner = service, asked, owner
+        self._key: str | None = None
+        self._sessions: list[Session] = []
+        self._streams: list[Stream] = []
+        self._writers: list[Writer] = []
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._ends: dict[int, Finished] = {}
+        self._began = time.perf_counter()
+        self._drew = False
+        self._commit: asyncio.Future[Description] | None = None
+        self.id, self.created = f"cmpl-{secrets.token_hex(12)}", int(time.time())
+
+    async def begin(self) -> None:
+        """Check everything, take the memory, queue the streams."""
+        asked, service = self._asked, self._service
+        service.check_open()
+        if asked.model is not None and asked.model not in (service.name, service.model.manifest.identity):
+            raise HTTPException(404, f"model: {asked.model!r} is not served here; this is {service.name!r}")
+        if asked.max_tokens > service.settings.max_tokens:
+            raise UsageError(
+                f"max_tokens: {asked.max_tokens}; the limit here is {service.settings.max_tokens}"
+            )
+        if asked.memory is not None and asked.editing is not None:
+            raise UsageError("editing: a memory has its own, which it was created with; leave it out")
+        prompts = prompts_of(asked, service.model)
+        if asked.memory is None:
+            self._sessions = [new_session(service.model, asked.editing) for _ in prompts]
+        else:
+            self._key = service.memories.take(self._owner, asked.memory)
+            self._sessions = [await run_in_threadpool(service.memories.session, self._key)]
+        limit = service.settings.max_seconds
+        seconds = min(asked.timeout or limit, limit)
+        loop = asyncio.get_running_loop()
+        for row, (session, prompt) in enumerate(zip(self._sessions, prompts, strict=True)):
+            deadline = service.scheduler.clock() + seconds
+            request = request_of(asked, session, prompt, self._owner, deadline)
+            self._writers.append(Writer(asked, is_new=session.position == 0))
+
+            def deliver(event: Event, row: int = row) -> None:
+                with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody listens
+                    loop.call_soon_threadsafe(self._events.put_nowait, (row, event))
+
+            self._streams.append(service.scheduler.submit(request, deliver))
+
+    async def end(self) -> None:
+        """Let go of everything, also where the caller's task is cancelled meanwhile.
+
+        What is under way is cancelled and not kept.
+        """
+        task = asyncio.ensure_future(self._end())
+        self._service.tasks.add(task)
+        task.add_done_callback(self._service.tasks.discard)
+        await asyncio.shield(task)
+
+    async def _end(self) -> None:
+        for stream in self._streams:
+            stream.cancel()
+        while len(self._ends) < len(self._streams):
+            row, event = await self._events.get()
+            if isinstance(event, Finished):
+                self._ends[row] = event
+        if self._commit is not None:  # a caller that has gone does not stop the thread that saves
+            await asyncio.wait([self._commit])
+        if self._key is not None:
+            self._service.memories.release(self._key)
+            self._key = None
+        self._service.metrics.completion.observe(time.perf_counter() - self._began)
+
+    async def parts(self) -> AsyncIterator[list[tuple[int, str, Logprobs | None, str | None]]]:
+        """What has come since the last part: for each prompt text, log-probabilities and the end.
+
+        Raises:
+            TitansError: a stream failed, or ended before its prompt was read.
+        """
+        while len(self._ends) < len(self._streams):
+            found = [await self._events.get()]
+            while not self._events.empty():
+                found.append(self._events.get_nowait())
+            yield [
+                self._part(row, [e for r, e in found if r == row])
+                for row in dict.fromkeys(r for r, _ in found)
+            ]
+
+    def _part(self, row: int, events: list[Event]) -> tuple[int, str, Logprobs | None, str | None]:
+        pieces = [event for event in events if isinstance(event, Piece)]
+        if not self._drew and any(piece.drawn for piece in pieces):
+            self._drew = True
+            self._service.metrics.first_token.observe(time.perf_counter() - self._began)
+        end = next((event for event in events if isinstance(event, Finished)), None)
+        text, logprobs = self._writers[row].write(pieces, last=end is not None)
+        if end is None:
+            return row, text, logprobs, None
+        self._ends[row] = end
+        self._check(row, end)
+        return row, text, logprobs, REASONS.get(end.reason, end.reason)
+
+    def _check(self, row: int, end: Finished) -> None:
+        if end.error is not None:
+            raise end.error
+        if end.reason not in _KEPT and end.read < len(self._streams[row].request.prompt):
+            why = "the server is closing" if end.reason == "closed" else "its time was up"
+            raise OverloadError(f"{why} before the prompt was read; the memory is as it was")
+
+    async def commit(self) -> Memory | None:
+        """Let the memory go on to where the session stands, saved if that was asked for."""
+        if self._key is None:
+            return None
+        metrics = self._service.metrics
+        memories, session = self._service.memories, self._sessions[0]
+        self._commit = asyncio.ensure_future(
+            run_in_threadpool(memories.commit, self._key, session, self._asked.save)
+        )
+        try:
+            described = await asyncio.shield(self._commit)
+        except ConflictError:
+            metrics.conflicts.inc()
+            raise
+        metrics.saves.inc(described.saved)
+        return Memory(**asdict(described))
+
+    def usage(self) -> Usage:
+        """Tokens seen so far."""
+        read = sum(end.read for end in self._ends.values())
+        drawn = sum(end.drawn for end in self._ends.values())
+        return Usage(prompt_tokens=read, completion_tokens=drawn, total_tokens=read + drawn)
+
+    def completion(self, choices: list[Choice]) -> Completion:
+        """An answer, or a part of one."""
+        return Completion(id=self.id, created=self.created, model=self._service.name, choices=choices)
+
+
+async def whole(running: Running) -> Completion:
+    """The whole answer at once."""
+    texts: dict[int, list[Any]] = {}
+    async for parts in running.parts():
+        for row, text, logprobs, reason in parts:
+            one = texts.setdefault(row, ["", None, None])
+            one[0] += text
+            one[1] = _joined(one[1], logprobs)
+            one[2] = reason
+    memory = await running.commit()
+    choices = [
+        Choice(text=text, index=row, logprobs=logprobs, finish_reason=reason)
+        for row, (text, logprobs, reason) in sorted(texts.items())
+    ]
+    return running.completion(choices).model_copy(update={"usage": running.usage(), "memory": memory})
+
+
+async def streamed(running: Running, with_usage: bool) -> AsyncIterator[Completion]:
+    """The answer in parts; the end of a memory's comes when the memory is kept."""
+    held: list[Choice] = []
+    async for parts in running.parts():
+        choices = [
+            Choice(text=text, index=row, logprobs=logprobs, finish_reason=reason)
+            for row, text, logprobs, reason in parts
+        ]
+        held += [choice for choice in choices if choice.finish_reason]
+        open_ones = [choice for choice in choices if not choice.finish_reason]
+        if open_ones:
+            yield running.completion(open_ones)
+    memory = await running.commit()
+    yield running.completion(held).model_copy(update={"memory": memory})
+    if with_usage:
+        yield running.completion([]).model_copy(update={"usage": running.usage()})
+
+
+def _joined(one: Logprobs | None, other: Logprobs | None) -> Logprobs | None:
+    if one is None or other is None:
+        return one or other
+    top = (
+        None
+        if one.top_logprobs is None and other.top_logprobs is None
+        else [
+            *(one.top_logprobs or []),
+            *(other.top_logprobs or []),
+        ]
+    )
+    return Logprobs(
+        tokens=one.tokens + other.tokens,
+        token_logprobs=one.token_logprobs + other.token_logprobs,
+        top_logprobs=top,
+        text_offset=one.text_offset + other.text_offset,
+    )
+
+
+async def gone(receive: Any) -> None:  # noqa: ANN401 - ASGI's
+    """Return when the caller has hung up."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
