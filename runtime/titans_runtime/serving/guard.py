@@ -134,6 +134,7 @@ class Limits:
     def __init__(self, app: App, most: int, metrics: Callable[[], Metrics | None]) -> None:
         """``most``: bytes of a body."""
         self._app, self._most, self._metrics = app, most, metrics
+        self._message = f"the body is too large; the limit is {most} bytes"
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """As ASGI has it."""
@@ -144,28 +145,22 @@ class Limits:
         if length.isdigit() and int(length) > self._most:
             await self._refuse(send)
             return
-        seen, answered = 0, False
+        seen = 0
 
         async def counted() -> MutableMapping[str, Any]:
             nonlocal seen
             message = await receive()
             seen += len(message.get("body", b""))
             if seen > self._most:
-                raise _TooLarge
+                raise HTTPException(413, self._message)  # which a route lets pass, unlike others
             return message
 
         async def noted(message: MutableMapping[str, Any]) -> None:
-            nonlocal answered
             if message["type"] == "http.response.start":
-                answered = True
                 self._count(scope, message["status"])
             await send(message)
 
-        try:
-            await self._app(scope, counted, noted)
-        except _TooLarge:
-            if not answered:
-                await self._refuse(send)
+        await self._app(scope, counted, noted)
 
     def _count(self, scope: MutableMapping[str, Any], status: int) -> None:
         metrics = self._metrics()
@@ -174,14 +169,8 @@ class Limits:
             metrics.requests.labels(path, str(status)).inc()
 
     async def _refuse(self, send: Send) -> None:
-        content = json.dumps(
-            {"error": body_of(413, f"the body is too large; the limit is {self._most} bytes")}
-        ).encode()
+        content = json.dumps({"error": body_of(413, self._message)}).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
         headers.append((b"connection", b"close"))
         await send({"type": "http.response.start", "status": 413, "headers": headers})
         await send({"type": "http.response.body", "body": content})
-
-
-class _TooLarge(Exception):
-    """A body beyond the limit, sent in parts."""
