@@ -1,8 +1,9 @@
 """Large pages for weights: decoding reads all of them for every token.
 
 Where the system gives large pages only to those who ask (Linux: ``transparent_hugepage`` at ``madvise``),
-ONNX Runtime's allocations get small ones, and a product with one row loses a fifth to a third of its time to
-looking up addresses. Its memory is therefore advised, and moved, after a graph was loaded.
+ONNX Runtime's allocations get small ones, and a product with one row loses time to looking up addresses. Its
+memory is therefore advised after a graph was loaded. The kernel moves it in the background, some megabytes a
+second: to move it at once would cost a start more than the first hundreds of tokens gain.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _LARGE = 2**21  # bytes of a large page
-_HUGEPAGE, _COLLAPSE = 14, 25  # madvise(2); the second since Linux 6.1, elsewhere refused, to no harm
+_HUGEPAGE = 14  # madvise(2)
 _MAPS = Path("/proc/self/maps")
 
 
 @contextlib.contextmanager
 def large_pages() -> Iterator[None]:
-    """Give large pages to what is allocated within, as far as the system has any; content stays."""
+    """Ask for large pages for what is allocated within; content stays."""
     before = set(_allocations())
     yield
     for start, end in set(_allocations()) - before:
@@ -43,8 +44,5 @@ def _allocations() -> Iterator[tuple[int, int]]:
 
 
 def _advise(start: int, end: int) -> None:
-    if end <= start:
-        return
-    system = ctypes.CDLL(None)
-    for advice in (_HUGEPAGE, _COLLAPSE):
-        system.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
+    if end > start:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _HUGEPAGE)
