@@ -19,6 +19,11 @@ _POSITIVE = (
     "segment", "persistent",
 )  # fmt: skip
 _MAX_DEPTH = 4
+_LISTS = ("readout_contexts", "readout_words")
+BYTES = 256
+"""Token ids of a model of bytes."""
+WORD_REACH = 24
+"""Bytes that a context of words reaches back at most."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,9 @@ class ModelConfig:
         segment: tokens of a segment in MAC.
         persistent: learned tokens that attention always sees.
         readout_contexts: lengths, in tokens, of the hashed contexts in the readout key.
-        readout_buckets: hash buckets for each of these lengths.
+        readout_words: numbers of words before the current one, in hashed contexts that begin where a word
+            does, for vocabularies of bytes; at most :data:`WORD_REACH` bytes.
+        readout_buckets: hash buckets for each of these contexts.
         readout_context_scale: length of each context's one-hot part of the readout key,
             beside the hidden part, whose length is 1. Buckets and scale were chosen on
             development files (benchmarks/editing): longer one-hot parts drown the hidden one.
@@ -73,6 +80,7 @@ class ModelConfig:
     segment: int = 32
     persistent: int = 4
     readout_contexts: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
+    readout_words: tuple[int, ...] = ()
     readout_buckets: int = 1024
     readout_context_scale: float = 0.6
 
@@ -105,6 +113,10 @@ class ModelConfig:
         lengths = self.readout_contexts
         if not lengths or any(n < 1 for n in lengths) or self.readout_buckets < 1:
             raise UsageError("config: readout_contexts and readout_buckets must be 1 or more")
+        if any(n < 0 for n in self.readout_words):
+            raise UsageError(f"config: readout_words is {list(self.readout_words)}; they must be 0 or more")
+        if self.readout_words and self.vocab_size != BYTES:
+            raise UsageError(f"config: readout_words need a vocabulary of {BYTES} bytes")
 
     @property
     def inner(self) -> int:
@@ -129,17 +141,22 @@ class ModelConfig:
     @property
     def readout_height(self) -> int:
         """Rows ``Dr`` of the readout memory: the dense part's, then those of every context."""
-        return self.d_model + len(self.readout_contexts) * self.readout_buckets
+        return self.d_model + self.readout_hashes * self.readout_buckets
+
+    @property
+    def readout_hashes(self) -> int:
+        """Hashed contexts of the readout key, each with a one-hot part."""
+        return len(self.readout_contexts) + len(self.readout_words)
 
     @property
     def context_tail(self) -> int:
         """Past tokens that the longest hashed context reaches back, the current one not counted."""
-        return max((*self.readout_contexts, 2)) - 1
+        return max(*self.readout_contexts, WORD_REACH if self.readout_words else 2) - 1
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain JSON types."""
         fields = dataclasses.asdict(self)
-        return fields | {"readout_contexts": list(self.readout_contexts)}
+        return fields | {name: list(fields[name]) for name in _LISTS}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> ModelConfig:
@@ -152,14 +169,12 @@ class ModelConfig:
         for name, value in fields.items():
             if name not in known:
                 raise DataError(f"config: unknown field {name!r}; known: {', '.join(known)}")
-            expected = list if name == "readout_contexts" else type(known[name].default)
+            expected = list if name in _LISTS else type(known[name].default)
             if type(value) is not expected:
                 raise DataError(f"config: {name} is {value!r}; expected {expected.__name__}")
-        contexts = fields.get("readout_contexts", [])
-        if not all(type(length) is int for length in contexts):
-            raise DataError(f"config: readout_contexts is {contexts!r}; expected integers")
-        if "readout_contexts" in fields:
-            fields = fields | {"readout_contexts": tuple(contexts)}
+            if name in _LISTS and not all(type(item) is int for item in value):
+                raise DataError(f"config: {name} is {value!r}; expected integers")
+        fields = fields | {name: tuple(fields[name]) for name in _LISTS if name in fields}
         try:
             return cls(**fields)
         except UsageError as error:  # here the value comes from a file
@@ -205,13 +220,18 @@ _TINY = ModelConfig(
     d_model=32, layers=2, heads=2, head_dim=16, d_ff=64, tile=8, readout_buckets=16, window=8, segment=8
 )
 
+_NANO: dict[str, Any] = {
+    "readout_contexts": (1, 2, 3, 4, 6, 8, 12, 16),
+    "readout_words": (0, 1, 2),
+    "readout_context_scale": 0.7,
+}
 PRESETS: dict[str, ModelConfig] = {
-    "nano": ModelConfig(),
-    "nano-ssm": ModelConfig(momentum=False),
-    "nano-deep": ModelConfig(d_ff=576, **_DEEP),
-    "nano-mac": ModelConfig(architecture="mac", layers=3, d_ff=576),
-    "nano-mag": ModelConfig(architecture="mag", d_ff=464),
-    "nano-mal": ModelConfig(architecture="mal", layers=3),
+    "nano": ModelConfig(**_NANO),
+    "nano-ssm": ModelConfig(momentum=False, **_NANO),
+    "nano-deep": ModelConfig(d_ff=576, **_DEEP, **_NANO),
+    "nano-mac": ModelConfig(architecture="mac", layers=3, d_ff=576, **_NANO),
+    "nano-mag": ModelConfig(architecture="mag", d_ff=464, **_NANO),
+    "nano-mal": ModelConfig(architecture="mal", layers=3, **_NANO),
     "base": ModelConfig(d_model=512, layers=8, heads=8, d_ff=2048),
     "base-deep": ModelConfig(d_model=512, layers=8, heads=8, d_ff=2048, **_DEEP),
     "wide": ModelConfig(d_model=1024, layers=12, heads=16, d_ff=4096),

@@ -136,7 +136,7 @@ def _run_readout_gradient(config: ModelConfig, generator: torch.Generator) -> Ar
     batch, tokens, vocab = 2, 4, config.vocab_size
     targets = torch.randint(vocab, (batch, tokens), generator=generator)
     targets[0, -1] = -1
-    height, contexts = config.readout_height, len(config.readout_contexts)
+    height, contexts = config.readout_height, config.readout_hashes
     key = torch.randn(batch, tokens, config.d_model, generator=generator)
     rows = torch.randint(config.d_model, height, (batch, tokens, contexts), generator=generator)
     rows[:, -1] = rows[:, 0]  # two positions in one context

@@ -43,7 +43,7 @@ def model_program(model: TitansModel, rules: Rules, gates_apart: bool = False) -
         output_axes={
             "logits": ("batch", "tokens", config.vocab_size),
             "readout_key": ("batch", "tokens", config.d_model),
-            "readout_rows": ("batch", "tokens", len(config.readout_contexts)),
+            "readout_rows": ("batch", "tokens", config.readout_hashes),
             **present,
         },
         output_dtypes={"readout_rows": torch.int64} | present_dtypes,
@@ -53,7 +53,7 @@ def model_program(model: TitansModel, rules: Rules, gates_apart: bool = False) -
 def readout_gradient_program(config: ModelConfig) -> Program:
     """The program ``gradient.readout``."""
     height, width, vocab = config.readout_height, config.d_model, config.vocab_size
-    contexts = len(config.readout_contexts)
+    contexts = config.readout_hashes
     return Program(
         name="gradient.readout",
         module=_ReadoutGradient(config.readout_context_scale),

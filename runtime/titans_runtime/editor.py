@@ -48,7 +48,8 @@ class Editor:
             often move less (Duchi et al. 2011). ``titans`` is the memory's own rule with the model's own
             gates; ``adam`` and ``muon`` are what they are elsewhere.
         momentum: in place of the optimizer's own, or of the model's gate.
-        retention: what a step keeps of the memory, likewise.
+        retention: what a step keeps of the memory, likewise. Of the readout memory, what is kept of the rows
+            that a chunk's contexts pick, once a chunk: what was learnt of them last counts most.
         floor: least retention of a ``titans`` step.
         steps: steps on every chunk.
         memories: patterns, as ``layers.0.*``, of the memories to edit; empty for all.
@@ -130,7 +131,7 @@ class Editor:
             raise UsageError(
                 f"editor optimizer {self.optimizer!r}: the objective readout has sgd and adagrad"
             )
-        for name in ("momentum", "retention", "memories", "replace"):
+        for name in ("momentum", "memories", "replace"):
             if getattr(self, name):
                 raise UsageError(f"editor {name}: the objective readout has none")
 

@@ -275,7 +275,7 @@ class ReadoutEditor:
         scored = self._logits.copy() if measures else self._logits
         for number in range(editor.steps):
             before = (self._change[0, rows], self._energy[rows]) if editor.rollback else None
-            lesson.refused = self._step(rows, picks, known, lesson)
+            lesson.refused = self._step(rows, picks, known, lesson, forgets=number == 0)
             if lesson.refused:
                 break
             if editor.rollback or number + 1 < editor.steps:
@@ -292,8 +292,11 @@ class ReadoutEditor:
             lesson.learnt = len(surprise)
             report.surprise.extend(surprise.tolist())
 
-    def _step(self, rows: Array, picks: Array, known: Array, lesson: Lesson) -> str:
-        """One step on the gradient that the call has left; or why there is none."""
+    def _step(self, rows: Array, picks: Array, known: Array, lesson: Lesson, forgets: bool) -> str:
+        """One step on the gradient that the call has left; or why there is none.
+
+        ``forgets``: whether the rows that one-hot parts pick lose their share first.
+        """
         parts = picks @ self._parts[0, : len(known)][known]
         gradient = np.concatenate([self._gradient[0], parts])
         energy = np.einsum("ij,ij->i", gradient, gradient)
@@ -311,8 +314,15 @@ class ReadoutEditor:
             energy *= shorter * shorter
         lesson.norms = {_READOUT: norm}
         self._changed.append(rows)
+        if forgets and self.editor.retention is not None:
+            self._forget(rows[len(self._first) :])
         self._change[0, rows] -= self._update(rows, gradient, energy)
         return ""
+
+    def _forget(self, rows: Array) -> None:
+        """Let rows of the memory fade, of which each is named once."""
+        lost = np.float32(1 - (self.editor.retention or 0.0))
+        self._change[0, rows] -= lost * (self._buffers.readout[0, rows] + self._change[0, rows])
 
     def _settle(self) -> None:
         """Let what has changed be part of the memory."""

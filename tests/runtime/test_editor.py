@@ -45,6 +45,7 @@ def test_the_objective_names_the_graph() -> None:
         ({"optimizer": "rprop"}, "optimizer 'rprop'; known: sgd, adagrad, titans, adam, muon"),
         ({"optimizer": "adam"}, "optimizer 'adam': the objective readout has sgd and adagrad"),
         ({"momentum": 0.5}, "momentum: the objective readout has none"),
+        ({"retention": -0.1}, "retention is -0.1; it must be a number from 0 to 1"),
         ({"objective": "prediction", "floor": 0.5}, "floor: the optimizer sgd has none"),
         ({"objective": "prediction", "retention": 1.5}, "retention is 1.5; it must be a number from 0 to 1"),
         ({"objective": "prediction", "memories": "layers.0"}, "memories is 'layers.0'; give a tuple"),

@@ -59,40 +59,49 @@ def _whole_keys(model: tr.Model, dense: Array, rows: Array) -> Array:
 
 
 def _edited(
-    model: tr.Model, text: bytes, places: list[int], step: float, chunk: int, optimizer: str = "sgd"
+    model: tr.Model,
+    text: bytes,
+    places: list[int],
+    step: float,
+    chunk: int,
+    optimizer: str = "sgd",
+    retention: float = 1.0,
 ) -> tuple[Array, Array]:
     """Logits and readout memory after the whole text, one period after the other."""
     base, keys = _forward(model, text, places)
     R = np.zeros((keys.shape[1], base.shape[1]))
     energy = np.zeros(len(R))
+    dense = model.manifest.model["d_model"]
     logits = np.empty_like(base)
     for start in range(0, len(text), chunk):
         end = min(start + chunk, len(text))
         logits[start:end] = base[start:end] + keys[start:end] @ R
         if end == len(text):  # the target of the last position is not known
             break
-        gradient = np.zeros_like(R)
+        gradient, picked = np.zeros_like(R), set[int]()
         for t in range(start, end):
             softmax = np.exp(logits[t] - logits[t].max())
             softmax /= softmax.sum()
             softmax[text[t + 1]] -= 1
             gradient += np.outer(keys[t], softmax)
+            picked |= set(np.flatnonzero(keys[t][dense:]) + dense)
         if optimizer == "adagrad":
             energy += (gradient**2).sum(axis=1)
             gradient /= np.sqrt(1 + energy)[:, None]
+        R[sorted(picked)] *= retention
         R -= step * gradient
     return logits, R
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("optimizer", READOUT_OPTIMIZERS)
-@given(data=st.data(), text=streams)
+@given(data=st.data(), text=streams, retention=st.sampled_from([1.0, 0.9, 0.0]))
 def test_editing_equals_the_formula(
-    model: tr.Model, data: st.DataObject, optimizer: str, chunk: int, text: bytes
+    model: tr.Model, data: st.DataObject, optimizer: str, chunk: int, text: bytes, retention: float
 ) -> None:
     places = data.draw(cuts(len(text)))
-    expected, R = _edited(model, text, places, 0.5, chunk, optimizer)
-    session = model.session(0.0, Editor(step=0.5, chunk=chunk, optimizer=optimizer))
+    expected, R = _edited(model, text, places, 0.5, chunk, optimizer, retention)
+    session = model.session(0.0, Editor(step=0.5, chunk=chunk, optimizer=optimizer, retention=retention))
     assert relative_error(append_parts(session, text, places), expected) <= 1e-4
     np.testing.assert_allclose(session.snapshot().arrays["state.readout"][0], R, atol=1e-4)
 

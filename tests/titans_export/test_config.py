@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -30,6 +31,8 @@ def test_json_and_back(name: str) -> None:
         ({"memory_depth": 5, "learned_memory": True}, "memory_depth is 5; it must be 0 to 4"),
         ({"memory_depth": 2}, "a deep memory begins with learned weights; set learned_memory"),
         ({"window": 1}, "window is 1"),
+        ({"readout_words": [-1]}, r"readout_words is \[-1\]; they must be 0 or more"),
+        ({"readout_words": [1], "vocab_size": 64}, "readout_words need a vocabulary of 256 bytes"),
         ({"conv_kernel": 1}, "conv_kernel is 1"),
         ({"architecture": "mag", "head_dim": 15}, "head_dim is 15; rotary positions need an even one"),
         (
@@ -40,14 +43,25 @@ def test_json_and_back(name: str) -> None:
 )
 def test_what_no_model_can_have(fields: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        dataclasses.replace(PRESETS["tiny"], **fields)
+        dataclasses.replace(PRESETS["tiny"], **_with_tuples(fields))
     with pytest.raises(DataError, match=message):
         ModelConfig.from_dict(PRESETS["tiny"].to_dict() | fields)
 
 
+def _with_tuples(fields: dict[str, object]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("momentum", 1), ("layers", True), ("layers", 2.0), ("architecture", 3), ("readout_contexts", [2, "3"])],
+    [
+        ("momentum", 1),
+        ("layers", True),
+        ("layers", 2.0),
+        ("architecture", 3),
+        ("readout_contexts", [2, "3"]),
+        ("readout_words", [True]),
+    ],
 )
 def test_types_are_exact(field: str, value: object) -> None:
     with pytest.raises(DataError, match=f"config: {field} is "):

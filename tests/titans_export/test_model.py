@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from tests.titans_export.memory_inputs import relative_error
 from titans_export.config import PRESETS, ModelConfig
 from titans_export.memory import MemoryOutput, token_loop
-from titans_export.memory.readout import readout_gradient
+from titans_export.memory.readout import ReadoutKey, readout_gradient
 from titans_export.model import Rules, State, TitansModel, initial_state, state_schema
 from titans_runtime.errors import DataError, UsageError
 
@@ -132,6 +134,47 @@ def test_readout_key_tells_contexts_apart(model: TitansModel) -> None:
     first = CONFIG.d_model + CONFIG.readout_buckets * torch.arange(len(CONFIG.readout_contexts))
     assert ((rows >= first) & (rows < first + CONFIG.readout_buckets)).all()
     assert rows.max() < CONFIG.readout_height
+
+
+WORDS = dataclasses.replace(CONFIG, readout_words=(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "same"),
+    [
+        (b"-- sum", b"++ sum", (True, True)),  # the same word, after bytes that are none
+        (b"to sum", b"at sum", (True, False)),
+        (b"a.to sum", b"b-to sum", (True, True)),
+        (b"sum", b"sun", (False, False)),
+        (b"sum", b"_sum", (False, False)),
+    ],
+)
+@torch.no_grad()
+def test_contexts_of_words_begin_where_a_word_does(left: bytes, right: bytes, same: tuple[bool, ...]) -> None:
+    key = ReadoutKey(dataclasses.replace(WORDS, readout_buckets=1_000_003))
+    rows = [_rows(key, text)[0, -1, -2:] for text in (left, right)]
+    assert tuple((rows[0] == rows[1]).tolist()) == same
+
+
+@torch.no_grad()
+def test_contexts_of_words_are_the_same_for_any_cut() -> None:
+    key, text = ReadoutKey(WORDS), b"def long_name_of_a_function(argument): return argument + 1"
+    whole = _rows(key, text)
+    past = torch.zeros(1, key.tail, dtype=torch.int64)
+    parts = []
+    for part in (text[:7], text[7:8], text[8:]):
+        _, rows, past = key(torch.zeros(1, len(part), CONFIG.d_model), torch.tensor([list(part)]), past)
+        parts.append(rows)
+    assert torch.equal(torch.cat(parts, dim=1), whole)
+    first = CONFIG.d_model + CONFIG.readout_buckets * torch.arange(WORDS.readout_hashes)
+    assert ((whole >= first) & (whole < first + CONFIG.readout_buckets)).all()
+    assert whole.max() < WORDS.readout_height
+
+
+def _rows(key: ReadoutKey, text: bytes) -> Tensor:
+    past = torch.zeros(1, key.tail, dtype=torch.int64)
+    rows: Tensor = key(torch.zeros(1, len(text), CONFIG.d_model), torch.tensor([list(text)]), past)[1]
+    return rows
 
 
 def test_state_schema_is_the_initial_state() -> None:

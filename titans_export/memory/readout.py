@@ -9,11 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from titans_export.config import ModelConfig
+from titans_export.config import BYTES, WORD_REACH, ModelConfig
 from titans_export.layers import l2_normalise
 
 _HASH_PRIME = 1_000_003
 _HASH_BASE = 40_503
+_LETTERS = frozenset(b"_0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ") | frozenset(
+    range(128, 256)
+)
+"""Bytes of words: what names are made of, and all that is not ASCII."""
 
 
 class ReadoutKey(nn.Module):
@@ -21,8 +25,8 @@ class ReadoutKey(nn.Module):
 
     The hidden part is ``Σ^{-1/2} (h - μ)``, scaled to length 1, with ``μ`` and ``Σ`` of the features
     on training text: a gradient step in these coordinates is a natural-gradient step. The context
-    parts are one-hot rows that name the last few tokens, so that what followed them can be stored
-    exactly.
+    parts are one-hot rows that name the last few tokens, or the last few words, so that what followed
+    them can be stored exactly.
     """
 
     mean: Tensor
@@ -32,6 +36,8 @@ class ReadoutKey(nn.Module):
         """Begin with the identity as whitening; training measures ``μ`` and ``Σ`` when it ends."""
         super().__init__()
         self.contexts = config.readout_contexts
+        self.words = config.readout_words
+        self.hashes = config.readout_hashes
         self.buckets = config.readout_buckets
         self.scale = config.readout_context_scale
         self.tail = config.context_tail
@@ -54,29 +60,47 @@ class ReadoutKey(nn.Module):
         window = torch.cat([past_ids, input_ids], dim=1)
         tokens = input_ids.shape[1]
         first = torch.tensor(
-            [features.shape[-1] + index * self.buckets for index in range(len(self.contexts))],
+            [features.shape[-1] + index * self.buckets for index in range(self.hashes)],
             device=input_ids.device,
         )
         return hidden, first + self._hash(window, tokens), window[:, tokens:]
 
     def _hash(self, window: Tensor, tokens: int) -> Tensor:
-        """Buckets of the last tokens at every position, for every length of context: ``(B, T, contexts)``.
+        """Buckets of the last tokens at every position, for every context: ``(B, T, contexts)``.
 
-        ``Σ_i (token_{t-i} + 1) baseⁱ mod prime``, for all lengths at once; the sums stay far below 2⁶³.
+        ``Σ_i (token_{t-i} + 1) baseⁱ mod prime``, for all contexts at once; the sums stay far below 2⁶³.
         """
         places = torch.arange(tokens, device=window.device)[:, None]
         recent = window[:, places + torch.arange(self.tail + 1, device=window.device)]  # (B, T, tail + 1)
         # Not a matrix product: on accelerators integers have none.
-        code = ((recent + 1)[..., None] * self._powers(window.device)).sum(-2)
+        code = ((recent + 1)[..., None] * self._powers(self.contexts, window.device)).sum(-2)
+        if self.words:
+            powers = self._powers((WORD_REACH,) * len(self.words), window.device)
+            terms = (recent + 1)[..., None] * powers
+            code = torch.cat([code, (terms * self._within_words(recent)).sum(-2)], dim=-1)
         return code % _HASH_PRIME % self.buckets
 
-    def _powers(self, device: torch.device) -> Tensor:
+    def _powers(self, lengths: tuple[int, ...], device: torch.device) -> Tensor:
         """``baseⁱ mod prime`` for the token ``i`` places back; 0 beyond a context's length."""
         columns = [
             [pow(_HASH_BASE, i, _HASH_PRIME) if i < length else 0 for i in range(self.tail, -1, -1)]
-            for length in self.contexts
+            for length in lengths
         ]
         return torch.tensor(columns, device=device).t()
+
+    def _within_words(self, recent: Tensor) -> Tensor:
+        """1 for the bytes of the current word and of as many before it as a context has, else 0.
+
+        A byte belongs to them when from itself on no more bytes stand between words than words are asked
+        for. ``(B, T, tail + 1)`` int64 → ``(B, T, tail + 1, words)`` int64.
+        """
+        is_letter = torch.tensor([byte in _LETTERS for byte in range(BYTES)], device=recent.device)
+        between = (~is_letter[recent]).to(torch.float32)
+        size = self.tail + 1
+        from_here_on = torch.ones(size, size, device=recent.device).tril()
+        passed = between @ from_here_on  # small whole numbers, which float32 holds exactly
+        allowed = torch.tensor([float(count) for count in self.words], device=recent.device)
+        return (passed[..., None] <= allowed).to(torch.int64)
 
 
 def read_logits(readout: Tensor, key: Tensor, rows: Tensor, scale: float) -> Tensor:
