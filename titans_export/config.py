@@ -19,7 +19,7 @@ _POSITIVE = (
     "segment", "persistent",
 )  # fmt: skip
 _MAX_DEPTH = 4
-_LISTS = ("readout_contexts", "readout_words")
+_LISTS: tuple[str, ...] = ("readout_contexts", "readout_words")
 BYTES = 256
 """Token ids of a model of bytes."""
 WORD_REACH = 24
@@ -110,6 +110,9 @@ class ModelConfig:
             )
         if self.conv_kernel < 2:
             raise UsageError(f"config: conv_kernel is {self.conv_kernel}; it must be 2 or more")
+        self._check_readout()
+
+    def _check_readout(self) -> None:
         lengths = self.readout_contexts
         if not lengths or any(n < 1 for n in lengths) or self.readout_buckets < 1:
             raise UsageError("config: readout_contexts and readout_buckets must be 1 or more")
@@ -172,7 +175,7 @@ class ModelConfig:
             expected = list if name in _LISTS else type(known[name].default)
             if type(value) is not expected:
                 raise DataError(f"config: {name} is {value!r}; expected {expected.__name__}")
-            if name in _LISTS and not all(type(item) is int for item in value):
+            if isinstance(value, list) and not all(type(item) is int for item in value):
                 raise DataError(f"config: {name} is {value!r}; expected integers")
         fields = fields | {name: tuple(fields[name]) for name in _LISTS if name in fields}
         try:
