@@ -2,9 +2,9 @@
 
     .venv/bin/python -m benchmarks.editing.run checkpoints/nano [CHECKPOINT …]
 
-One results file a checkpoint; one for the same weights and editing is not made again. The table over
-all of them, which should differ in their training seed only, is printed and written to
-benchmarks/results/editing.md.
+One results file a checkpoint, by its folder's name; one for the same weights and editing is not made again.
+The table over all of them, which should differ in their training seed only, is printed and written to
+benchmarks/results/TABLE.md.
 Texts are held out: nothing was trained or tuned on them. Every byte is scored before the memory
 sees it; each file begins with an empty memory.
 """
@@ -41,11 +41,12 @@ def main() -> None:
     )
     parser.add_argument("checkpoints", nargs="+", type=Path)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--table", default="editing", help="name of the table's file")
     args = parser.parse_args()
     results = []
     for checkpoint in args.checkpoints:
         seed = json.loads((checkpoint / "training.json").read_text(encoding="utf-8"))["training"]["seed"]
-        path = RESULTS / f"editing-seed{seed}.json"
+        path = RESULTS / f"editing-{checkpoint.name}.json"
         subject = {"seed": seed, "weights": digest(checkpoint), "editing": read_editing(checkpoint)}
         result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if any(result.get(name) != value for name, value in subject.items()):
@@ -53,7 +54,7 @@ def main() -> None:
             path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         results.append(result)
     text = table(results)
-    (RESULTS / "editing.md").write_text(text + "\n", encoding="utf-8")
+    (RESULTS / f"{args.table}.md").write_text(text + "\n", encoding="utf-8")
     print(text)
 
 

@@ -9,7 +9,7 @@ Gradients are with respect to the state as it came in.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 from titans_converters import memory_op
 from titans_converters.onnx import gradient_rules  # noqa: F401 - registers the rules
 from titans_converters.onnx.autodiff import Names, Tape, Types, captured, pruned, subgraphs
+from titans_converters.onnx.function import GENERAL
 from titans_converters.onnx.trace import REVEALING
 
 NORM_EPS = 1e-3
@@ -69,7 +70,11 @@ def gradient(
         ValueError: an operator between the memories and the loss has no derivative here; the message
             names it.
     """
-    whole = onnx.shape_inference.infer_shapes(onnx.inliner.inline_local_functions(model), data_prop=True)
+    inlined = onnx.inliner.inline_local_functions(model)
+    general = list(_general(inlined.graph.node))
+    del inlined.graph.node[:]
+    inlined.graph.node.extend(general)
+    whole = onnx.shape_inference.infer_shapes(inlined, data_prop=True)
     graph = whole.graph
     types = Types(graph)
     tape = Tape(graph.node, types, Names())
@@ -84,6 +89,21 @@ def gradient(
         tape.nodes.append(helper.make_node("Identity", [gradient_of or tape.zeros_like(past)], [result]))
         outputs.append(_renamed(inputs[past], result))
     return _model(whole, graph, tape.nodes, outputs, name)
+
+
+def _general(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
+    """The nodes with the memory rule's general form in place of its choices between forms.
+
+    A choice is differentiated by computing the branch again, within a branch again: three times in all.
+    """
+    for node in nodes:
+        branch = next((graph for graph in subgraphs(node) if graph.name in GENERAL), None)
+        if node.op_type != "If" or branch is None:
+            yield node
+            continue
+        yield from _general(branch.node)
+        for info, name in zip(branch.output, node.output, strict=True):
+            yield helper.make_node("Identity", [info.name], [name])
 
 
 def prediction_gradient(model: ir.Model, memories: Sequence[str]) -> ModelProto:

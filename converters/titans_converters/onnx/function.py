@@ -19,6 +19,9 @@ OPSET = 23
 # of this floor is 0 in float32 just the same.
 _LOG_FLOOR = -1.0e4
 
+GENERAL = ("tiles", "edited")
+"""Names of the branches that hold for any number of tokens and any strength."""
+
 _ONE_TOKEN = """
     a_bht = Exp(log_retention)
     eta_bht = Exp(log_momentum)
