@@ -21,8 +21,8 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 from titans_converters import memory_op
 from titans_converters.onnx import gradient_rules  # noqa: F401 - registers the rules
-from titans_converters.onnx.autodiff import Names, Tape, Types, captured, pruned, subgraphs
-from titans_converters.onnx.function import GENERAL
+from titans_converters.onnx.autodiff import Names, Rule, Tape, Types, captured, pruned, subgraphs
+from titans_converters.onnx.function import GENERAL, INVERSE, INVERTED
 from titans_converters.onnx.trace import REVEALING
 
 NORM_EPS = 1e-3
@@ -79,6 +79,7 @@ def gradient(
     types = Types(graph)
     tape = Tape(graph.node, types, Names())
     pasts = [f"past.{memory}" for memory in memories]
+    tape.known = dict(_inverses(graph.node))
     seed = tape.op("ConstantOfShape", tape.op("Shape", _LOSS), value=_one(types.elements[_LOSS]))
     by = {memory: (sources or {}).get(memory, past) for memory, past in zip(memories, pasts, strict=True)}
     found = tape.backward({_LOSS: seed}, by.values())
@@ -104,6 +105,25 @@ def _general(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
         yield from _general(branch.node)
         for info, name in zip(branch.output, node.output, strict=True):
             yield helper.make_node("Identity", [info.name], [name])
+
+
+def _inverses(nodes: Iterable[NodeProto]) -> Iterator[tuple[str, Rule]]:
+    """A rule for every ``X = (I + N)⁻¹``: ``dX = -X dN X``, in place of all the steps that compute it."""
+    for node in nodes:
+        (name,) = node.output if len(node.output) == 1 else ("",)
+        if node.op_type == "Identity" and name.endswith(INVERSE):
+            yield name, functools.partial(_inverse_rule, name.removesuffix(INVERSE) + INVERTED)
+
+
+def _inverse_rule(
+    inverted: str, tape: Tape, node: NodeProto, gradients: list[str | None]
+) -> list[str | None]:
+    (gradient,) = gradients
+    if gradient is not None and tape.wants(inverted):
+        transposed = tape.transposed(node.output[0], 5)
+        whole = tape.op("MatMul", tape.op("MatMul", transposed, gradient), transposed)
+        tape.add_gradient(inverted, tape.op("Neg", whole))
+    return [None]
 
 
 def prediction_gradient(model: ir.Model, memories: Sequence[str]) -> ModelProto:

@@ -108,6 +108,8 @@ class Tape:
         self.nodes = list(nodes)
         self.types, self.names = types, names
         self.needed: set[str] = set()
+        self.known: dict[str, Rule] = {}
+        """Rules for single values, in place of those of the nodes that compute them."""
         self._grads: dict[str, str] = {}
 
     # --- writing nodes
@@ -200,9 +202,10 @@ class Tape:
             gradients = [self._grads.get(name) for name in node.output]
             if not any(gradients):
                 continue
-            if node.op_type not in RULES:
+            found = self.known.get(node.output[0]) or RULES.get(node.op_type)
+            if found is None:
                 raise ValueError(f"gradient: operator {node.op_type} has no derivative in this project")
-            wanted = RULES[node.op_type](self, node, gradients)
+            wanted = found(self, node, gradients)
             for name, gradient in zip(node.input, wanted, strict=False):
                 if gradient is not None and name in self.needed:
                     self.add_gradient(name, gradient)

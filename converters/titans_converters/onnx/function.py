@@ -22,6 +22,9 @@ _LOG_FLOOR = -1.0e4
 GENERAL = ("tiles", "edited")
 """Names of the branches that hold for any number of tokens and any strength."""
 
+INVERSE, INVERTED = "_inverse", "_n"
+"""How the names of ``(I + N)⁻¹`` and ``N`` end, once the function is inlined."""
+
 _ONE_TOKEN = """
     a_bht = Exp(log_retention)
     eta_bht = Exp(log_momentum)
