@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict
@@ -70,9 +71,20 @@ def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
     install_errors(app)
     app.include_router(_open)
     app.include_router(_v1)
+    if settings.tokens is None:
+        _describe_as_open(app)
     found: Callable[[], Any] = lambda: getattr(getattr(app.state, "service", None), "metrics", None)  # noqa: E731
     app.add_middleware(Limits, most=settings.max_body, metrics=found)
     return app
+
+
+def _describe_as_open(app: FastAPI) -> None:
+    """Let the OpenAPI document ask for no token where the server does not."""
+    document = app.openapi()
+    del document["components"]["securitySchemes"]
+    for path in document["paths"].values():
+        for operation in path.values():
+            operation.pop("security", None)
 
 
 # --- for anyone
@@ -87,7 +99,10 @@ def healthz(service: Of, response: Response) -> schema.Health:
         response.status_code = 503
     scheduler = service.scheduler
     return schema.Health(
-        status="closing" if service.is_closing else "ok", running=scheduler.running, waiting=scheduler.waiting
+        status="closing" if service.is_closing else "ok",
+        running=scheduler.running,
+        waiting=scheduler.waiting,
+        process=os.getpid(),
     )
 
 

@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
 
 from titans_runtime.errors import (
     ConflictError,
@@ -119,13 +120,25 @@ def install_errors(app: FastAPI) -> None:
         where = ".".join(str(part) for part in first["loc"])
         return problem(422, f"{where}: {first['msg']}", param=where)
 
-    async def plain(_: Request, error: Exception) -> JSONResponse:
+    async def plain(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        return problem(error.status_code, str(error.detail), dict(error.headers or {}))
+        headers = dict(error.headers or {})
+        if error.status_code == 405:
+            headers["Allow"] = ", ".join(_methods(request))
+        return problem(error.status_code, str(error.detail), headers)
 
     app.add_exception_handler(TitansError, ours)
     app.add_exception_handler(RequestValidationError, malformed)
     app.add_exception_handler(HTTPException, plain)
+
+
+def _methods(request: Request) -> list[str]:
+    """All methods of a path: each has a route of its own, which knows no other."""
+    found: set[str] = set()
+    for route in request.app.routes:
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
+            found |= route.methods or set()
+    return sorted(found)
 
 
 class Limits:

@@ -183,6 +183,7 @@ class Health(BaseModel):
     status: Literal["ok", "closing"]
     running: int
     waiting: int
+    process: int = Field(description="Which of several servers answered.")
 
 
 class ErrorBody(BaseModel):

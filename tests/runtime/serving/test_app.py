@@ -348,3 +348,20 @@ def test_figures(client: TestClient) -> None:
         "titans_first_token_seconds_count 1.0",
     ):
         assert line in text.splitlines()
+
+
+def test_a_wrong_method_is_told_the_right_ones(client: TestClient) -> None:
+    for path, allowed in (
+        ("/v1/memories", "GET, POST"),
+        ("/v1/memories/m", "DELETE, GET"),
+        ("/healthz", "GET"),
+    ):
+        answer = client.put(path)
+        assert answer.status_code == 405
+        assert answer.headers["allow"] == allowed
+
+
+def test_the_document_asks_for_a_token_only_where_the_server_does(settings: Settings, tokens: Path) -> None:
+    for given, asks in ((None, False), (str(tokens), True)):
+        document = create_app(dataclasses.replace(settings, tokens=given)).openapi()
+        assert ("security" in document["paths"]["/v1/models"]["get"]) is asks
