@@ -35,6 +35,7 @@ def main() -> None:
     """Measure, and write numbers, page and plot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", type=Path)
+    parser.add_argument("--name", default="nano", help="of the model, for the results")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=48, help="tokens drawn")
     parser.add_argument("--rounds", type=int, default=5)
@@ -47,7 +48,8 @@ def main() -> None:
         print(json.dumps(rows[-1]))
     gaps = long_document(model, args.prompt)
     report = {
-        "command": "python -m benchmarks.serving.run BUNDLE",
+        "command": f"python -m benchmarks.serving.run BUNDLE --name {args.name} --prompt {args.prompt} "
+        f"--new {args.new} --rounds {args.rounds}",
         "options": {name: value for name, value in vars(args).items() if name != "bundle"},
         "machine": describe() | own_versions(),
         "state_bytes": model.manifest.state_bytes,
@@ -55,9 +57,9 @@ def main() -> None:
         "beside_a_long_document": gaps,
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
-    write_atomically(RESULTS / "batching.json", (json.dumps(report, indent=1) + "\n").encode())
-    write_atomically(RESULTS / "batching.png", plot(report))
-    write_atomically(RESULTS / "batching.md", table(report).encode())
+    write_atomically(RESULTS / f"batching-{args.name}.json", (json.dumps(report, indent=1) + "\n").encode())
+    write_atomically(RESULTS / f"batching-{args.name}.png", plot(report))
+    write_atomically(RESULTS / f"batching-{args.name}.md", table(report).encode())
 
 
 def measure(model: tr.Model, count: int, prompt: int, new: int, rounds: int) -> dict[str, Any]:
@@ -178,8 +180,13 @@ def table(report: dict[str, Any]) -> str:
         f"all requests arrive at once. {options['threads']} thread, {machine['processor']}; medians of "
         f"{options['rounds']} rounds, both ways in turns in one process. What both drew was equal."
     )
-    lines = ["# Continuous batching against one request after the other", "", how, ""]
-    lines += ["![Tokens per second and latency](batching.png)", ""]
+    lines = [
+        f"# Continuous batching against one request after the other: size `{options['name']}`",
+        "",
+        how,
+        "",
+    ]
+    lines += [f"![Tokens per second and latency](batching-{options['name']}.png)", ""]
     heads = ["sessions", "tokens/s, batched", "one by one", "ratio (range)"]
     heads += ["first token p50 / p99, ms", "one by one", "whole answer p50 / p99, ms", "one by one"]
     lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
@@ -199,7 +206,7 @@ def table(report: dict[str, Any]) -> str:
         + ", ".join(f"{gap:,.0f} ms where it is read {name}" for name, gap in gaps.items())
         + ".",
         "",
-        f"To reproduce: `{report['command']}`, with `titans export checkpoints/nano --out BUNDLE` before.",
+        f"To reproduce: `{report['command']}`, with a bundle of that size.",
         "",
     ]
     return "\n".join(lines)
