@@ -195,10 +195,16 @@ def _add_export(subparsers: Subparsers) -> None:
     )
     parser.add_argument(
         "--scan",
-        choices=("plugin", "scan", "native"),
+        choices=("plugin", "scan", "unrolled", "native"),
         default="plugin",
-        help="the memory as an operator with a function as its body; as that body, without functions; or as "
-        "onnxruntime's LinearAttention, for a matrix without momentum",
+        help="the memory as an operator with a function as its body; as that body, without functions; "
+        "unrolled for given numbers of tokens, without control flow; or as onnxruntime's LinearAttention, "
+        "for a matrix without momentum",
+    )
+    parser.add_argument(
+        "--tokens",
+        metavar="N,…",
+        help="of the calls that --scan unrolled has graphs for, beside 1 (default 64); other input is cut",
     )
     parser.set_defaults(handler=_export)
 
@@ -212,7 +218,11 @@ def _export(args: argparse.Namespace) -> int:
         raise UsageError(
             f"--format {others[0]}: has no operators of ONNX Runtime; drop --quantize and --scan native"
         )
-    from titans_export.pipeline import export_bundle
+    if args.scan == "unrolled" and ("tensorrt" in formats or args.triton_repository):
+        what = "--format tensorrt" if "tensorrt" in formats else "--triton-repository"
+        raise UsageError(f"{what}: needs one graph for any number of tokens; drop --scan unrolled")
+    tokens = _tokens(args.tokens, args.scan)
+    from titans_export.pipeline import TOKENS, export_bundle
 
     if "tensorrt" in formats:  # what is missing is said before minutes of work
         from titans_converters.tensorrt.builder import require_tensorrt
@@ -220,7 +230,13 @@ def _export(args: argparse.Namespace) -> int:
         require_tensorrt()
     twins = [name for name in TWINS if name in formats]
     result = export_bundle(
-        args.checkpoint, args.out, report=_note, weights=weights, formats=twins, scan=args.scan
+        args.checkpoint,
+        args.out,
+        report=_note,
+        weights=weights,
+        formats=twins,
+        scan=args.scan,
+        tokens=tokens or (TOKENS,),
     )
     print("\n".join(result.lines()))
     print(args.out)
@@ -243,6 +259,17 @@ def _formats(text: str) -> list[str]:
         if name not in FORMATS:
             raise UsageError(f"--format {name}: unknown; there are {', '.join(FORMATS)}")
     return names
+
+
+def _tokens(text: str | None, scan: str) -> list[int]:
+    if text is None:
+        return []
+    if scan != "unrolled":
+        raise UsageError(f"--tokens {text}: the form {scan} takes any number; give it with --scan unrolled")
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--tokens {text}: expected whole numbers separated by commas") from None
 
 
 def _add_engine(subparsers: Subparsers) -> None:

@@ -236,6 +236,7 @@ PRESETS: dict[str, ModelConfig] = {
     "nano-mag": ModelConfig(architecture="mag", d_ff=464, **_NANO),
     "nano-mal": ModelConfig(architecture="mal", layers=3, **_NANO),
     "base": ModelConfig(d_model=512, layers=8, heads=8, d_ff=2048),
+    "base-ssm": ModelConfig(d_model=512, layers=8, heads=8, d_ff=2048, momentum=False),
     "base-deep": ModelConfig(d_model=512, layers=8, heads=8, d_ff=2048, **_DEEP),
     "wide": ModelConfig(d_model=1024, layers=12, heads=16, d_ff=4096),
     "tiny": _TINY,

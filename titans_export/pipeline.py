@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +19,7 @@ from titans_converters.onnx.function import OPSET
 from titans_converters.onnx.lowering import NATIVE_ONNXRUNTIME, lower
 from titans_converters.onnx.quantize import BITS, FLOAT_PRODUCTS, QuantisedRows
 from titans_converters.onnx.trace import trace
+from titans_converters.onnx.unroll import unroll
 from titans_converters.program import Axes, Program
 from titans_converters.torchscript import write_torchscript
 from titans_export.exportable import Exportable, load_exportable
@@ -27,6 +29,7 @@ from titans_runtime.editor import OBJECTIVES, Editor
 from titans_runtime.errors import BundleError, DataError, UsageError
 from titans_runtime.files import folder_beside, replace_folder, write_atomically
 from titans_runtime.json_reader import parse_object
+from titans_runtime.manifest import MAX_TOKENS, ONNX, LengthSpec
 from titans_runtime.verify import VerificationReport, verify
 
 EDITING_FILE = "editing.json"
@@ -35,6 +38,8 @@ _TOLERANCE = 1e-4
 # another strength of editing than it was trained with lets that grow: `nano` to a fifth of its state.
 _TOLERANCES = {"int8": 0.25, "int4": 0.25}
 _IR_VERSION = 10
+TOKENS = 64
+"""Of a call of an unrolled graph, where nothing else is asked for."""
 _LEAST_ONNXRUNTIME = "1.25"  # 1.24 refuses the operator's body; 1.25, 1.27 and 1.32 were tried
 
 _WRITERS = {"torchscript": write_torchscript}
@@ -48,6 +53,7 @@ def export_bundle(
     weights: str = "float32",
     formats: Sequence[str] = (),
     scan: str = "plugin",
+    tokens: Sequence[int] = (TOKENS,),
 ) -> VerificationReport:
     """Export a checkpoint and verify the result against the PyTorch model's token loop.
 
@@ -61,6 +67,7 @@ def export_bundle(
             float32; ``int8`` or ``int4``, products of integers. The memory is float32 in all.
         scan: what stands for the memory, one of :data:`titans_converters.onnx.lowering.SCANS`.
         formats: in which to write every graph beside ONNX: ``torchscript``.
+        tokens: of the calls for which an ``unrolled`` bundle has graphs; it always has one for 1.
 
     Returns:
         The checks of all formats, ONNX first.
@@ -74,6 +81,7 @@ def export_bundle(
     """
     _refuse_foreign_folder(bundle)
     model, editing = load_exportable(checkpoint), read_editing(checkpoint)
+    lengths = _lengths(scan, weights, tokens)
     quantised = _round(model, weights)
     programs, recurrences = model.programs(scan, quantised is not None), model.recurrences()
     with folder_beside(bundle) as work:
@@ -82,7 +90,7 @@ def export_bundle(
         gradients = gradient_graphs(
             _differentiable(model, traced["model"], scan, weights), editable_memories(model), report
         )
-        graphs = {name: lower(graph, scan) for name, graph in traced.items()} | gradients
+        graphs = _lowered(traced, scan, lengths, report) | gradients
         files = [*write_models(graphs, work, weights, quantised), *_write_learned_state(model, work)]
         twins = {}
         for name in formats:
@@ -92,7 +100,10 @@ def export_bundle(
         report("running the reference for the goldens")
         write_atomically(work / bundles.GOLDENS_NAME, save_arrays(model.goldens()))
         files.append(bundles.GOLDENS_NAME)
-        manifest = partial(_manifest, model, programs, gradients, work, files, editing, weights, scan, twins)
+        specs = {program.name: _graph(program, twins) for program in programs}
+        specs |= {name: _gradient_graph(name, graph) for name, graph in gradients.items()}
+        specs["model"] = replace(specs["model"], lengths=lengths)
+        manifest = partial(_manifest, model, specs, work, files, editing, weights, scan)
         if quantised is not None:
             report("replaying the goldens with activations in float32")
             write_models(graphs, work, weights, quantised, FLOAT_PRODUCTS)
@@ -115,6 +126,36 @@ def _replay(folder: Path, manifest: bundles.Manifest) -> VerificationReport:
     result = verify(folder)
     result.raise_if_failed()
     return result
+
+
+def _lengths(scan: str, weights: str, tokens: Sequence[int]) -> tuple[LengthSpec, ...]:
+    """The files of an unrolled model; the longest calls have the one that every bundle has."""
+    if scan != "unrolled":
+        return ()
+    if weights in BITS:
+        raise UsageError(
+            f"--quantize {weights}: its products are an operator of ONNX Runtime's own, and an unrolled "
+            "graph has standard ones only; use --weights float16, or another --scan"
+        )
+    for count in tokens:
+        if not 1 <= count <= MAX_TOKENS:
+            raise UsageError(f"--tokens {count}: must be 1 to {MAX_TOKENS}")
+    most = max(tokens)
+    return tuple(
+        LengthSpec(count, ONNX, "model.onnx" if count == most else f"model.{count}.onnx")
+        for count in sorted({1, *tokens})
+    )
+
+
+def _lowered(
+    traced: Mapping[str, ir.Model], scan: str, lengths: Sequence[LengthSpec], report: Report
+) -> dict[str, ir.Model]:
+    """The graphs in the form ``scan``, by the names of their files."""
+    graphs = {name: lower(graph, scan) for name, graph in traced.items()}
+    for one in lengths:
+        report(f"unrolling the model for {one.tokens} token{'s' * (one.tokens > 1)}")
+        graphs[one.file.removesuffix(".onnx")] = unroll(traced["model"], one.tokens)
+    return graphs
 
 
 def _differentiable(model: Exportable, traced: ir.Model, scan: str, weights: str) -> ir.Model:
@@ -177,14 +218,12 @@ def _write_learned_state(model: Exportable, folder: Path) -> list[str]:
 
 def _manifest(
     model: Exportable,
-    programs: list[Program],
-    gradients: Mapping[str, ir.Model],
+    graphs: dict[str, bundles.GraphSpec],
     folder: Path,
     files: list[str],
     editing: dict[str, Any],
     weights: str,
     scan: str,
-    twins: dict[str, dict[str, str]],
     tolerance: float,
 ) -> bundles.Manifest:
     facts = model.facts()
@@ -199,8 +238,7 @@ def _manifest(
         tokenizer=facts.tokenizer,
         vocab_size=facts.vocab_size,
         edit_layers=facts.edit_layers,
-        graphs={program.name: _graph(program, twins) for program in programs}
-        | {name: _gradient_graph(name, graph) for name, graph in gradients.items()},
+        graphs=graphs,
         state=_state(model),
         tolerances={"atol": tolerance, "rtol": tolerance},
         recommended=editing,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,11 +22,12 @@ _SOURCES = (_ROOT / "titans_export", _ROOT / "converters" / "titans_converters")
 _NO_PART = {"peers", "demo", "training", "__pycache__"}  # of what a model computes
 
 
-VARIANTS: dict[str, dict[str, str]] = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "float32": {},
     "int8": {"weights": "int8"},
     "int4": {"weights": "int4"},
     "scan": {"scan": "scan"},
+    "unrolled": {"scan": "unrolled"},
     "native": {"scan": "native"},
 }
 """Ways to export a model: what ``export_bundle`` is given."""

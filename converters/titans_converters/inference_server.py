@@ -37,9 +37,14 @@ def write_repository(bundle: Bundle, folder: Path, max_batch: int = 8, max_strea
 
     Raises:
         BundleError: a file of the bundle is missing or was altered.
-        UsageError: the place is taken by something that is no model of a repository.
+        UsageError: the place is taken by something that is no model of a repository, or the bundle takes
+            given numbers of tokens only.
         EnvironmentProblem: the folder cannot be written.
     """
+    if not bundle.manifest.graphs["model"].takes_any_length():
+        raise UsageError(
+            f"{bundle.folder}: is unrolled for given numbers of tokens; export it with --scan plugin"
+        )
     name = bundle.folder.resolve().name
     target = folder / name
     if target.exists() and not (target / "config.pbtxt").is_file():

@@ -51,12 +51,10 @@ _TILES = """
     # --- N tiles of C tokens, tiles first: (N, B, H, C, D). One gather moves whole rows to their
     #     tile; rows after the last token repeat it, and their step of 0 keeps them out of the memory.
     c = Constant<value_ints = [{tile}]>()
-    key_shape = Shape(key)
-    value_shape = Shape(value)
-    bh = Slice(key_shape, i0, i2)
-    tokens_1 = Slice(key_shape, i2, i3)
-    dk = Slice(key_shape, i3, i4)
-    dv = Slice(value_shape, i3, i4)
+    bh = Shape<start = 0, end = 2>(key)
+    tokens_1 = Shape<start = 2, end = 3>(key)
+    dk = Shape<start = 3>(key)
+    dv = Shape<start = 3>(value)
     above = Add(tokens_1, c)
     above_1 = Sub(above, i1)
     tiles = Div(above_1, c)
@@ -261,8 +259,6 @@ _INDEX_CONSTANTS = """
     minus_one = Constant<value_ints = [-1]>()
     i0 = Constant<value_ints = [0]>()
     i1 = Constant<value_ints = [1]>()
-    i2 = Constant<value_ints = [2]>()
-    i3 = Constant<value_ints = [3]>()
     i4 = Constant<value_ints = [4]>()
     last = Constant<value_ints = [9223372036854775807]>()
 """
@@ -270,13 +266,9 @@ _INDEX_CONSTANTS = """
 _FUNCTION = """
 <domain: "{domain}", opset_import: ["": {opset}]>
 {name} <{attributes}> ({inputs}) => ({outputs}) {{
-    axis_t = Constant<value_ints = [2]>()
-    axis_end = Constant<value_ints = [3]>()
     unit = Constant<value_ints = [1]>()
-    shape = Shape(query)
-    tokens = Slice(shape, axis_t, axis_end)
-    single = Equal(tokens, unit)
-    is_single = Squeeze(single)
+    tokens = Shape<start = 2, end = 3>(query)
+    is_single = Equal(tokens, unit)
     {outputs} = If (is_single) <
         then_branch = one_token () => (float[b, h, t, v] one_output, float[b, h, d, v] one_memory,
                                        float[b, h, d, v] one_momentum) {{{one_token}}},

@@ -10,9 +10,10 @@ from torch import Tensor
 from titans_converters import memory_op
 from titans_converters.onnx.quantize import CONTRIB
 
-SCANS = ("plugin", "scan", "native")
+SCANS = ("plugin", "scan", "unrolled", "native")
 """``plugin``: one node of ours a layer, with a function as its body. ``scan``: that body in its place, ONNX
-``Scan`` over tiles, and no function. ``native``: ONNX Runtime's own operator."""
+``Scan`` over tiles, and no function. ``unrolled``: neither; for given numbers of tokens, see
+:mod:`titans_converters.onnx.unroll`. ``native``: ONNX Runtime's own operator."""
 
 NATIVE_ONNXRUNTIME = "1.32"  # the only one in which ``native`` was tried
 
@@ -67,7 +68,10 @@ def _tokens_first(x: Tensor) -> Tensor:
 
 
 def lower(model: ir.Model, scan: str) -> ir.Model:
-    """A traced model in the form ``scan``: its functions' bodies where they are called, or as it is."""
+    """A traced model in the form ``scan``: its functions' bodies where they are called, or as it is.
+
+    ``unrolled`` is no form for any number of tokens, which is what this one is.
+    """
     if scan != "scan":
         return model
     inlined = InlinePass()(model).model

@@ -141,7 +141,24 @@ def _export(program: Program) -> ir.Model:
         )
     if exported is None:
         raise ValueError(f"program {program.name}: torch.onnx.export returned nothing")
+    _drop_thresholds(exported.model.graph)
     return exported.model
+
+
+def _drop_thresholds(graph: ir.Graph) -> None:
+    """Above a threshold PyTorch's softplus is its argument, by two operators; ONNX Runtime's is by itself."""
+    for node in list(graph):
+        if node.op_type != "Where":
+            continue
+        above, _, softplus = (value.producer() if value is not None else None for value in node.inputs)
+        if softplus is None or softplus.op_type != "Softplus" or softplus.inputs[0] is not node.inputs[1]:
+            continue
+        if above is not None and above.op_type == "Greater" and above.inputs[0] is node.inputs[1]:
+            ir.convenience.replace_all_uses_with(
+                node.outputs[0], softplus.outputs[0], replace_graph_outputs=True
+            )
+            graph.remove(node, safe=True)
+            graph.remove(above, safe=True)
 
 
 def to_proto(model: ir.Model) -> onnx.ModelProto:

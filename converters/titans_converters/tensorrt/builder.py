@@ -89,9 +89,14 @@ def load_model(bundle: Bundle, weights: bool = True) -> onnx.ModelProto:
 
     Raises:
         BundleError: a file is missing or was altered.
-        UsageError: the model is larger than one protocol buffer.
+        UsageError: the model is larger than one protocol buffer, or takes given numbers of tokens only.
     """
-    model = onnx.load_from_string(bundle.read(bundle.manifest.graphs["model"].file))
+    spec = bundle.manifest.graphs["model"]
+    if not spec.takes_any_length():
+        raise UsageError(
+            f"{bundle.folder}: is unrolled for given numbers of tokens; export it with --scan plugin"
+        )
+    model = onnx.load_from_string(bundle.read(spec.file))
     if not weights:
         return model
     content = b""
