@@ -32,7 +32,7 @@ status = open("/proc/self/status").read()
 peak = int(re.search(r"VmHWM:\\s+(\\d+)", status).group(1)) * 1024
 print(json.dumps({"first": first, "peak": peak}), flush=True)
 """
-_OURS = """
+OURS = """
 import sys
 import titans_runtime as tr
 session = tr.load(sys.argv[1], threads=1).session(edit=1.0, editor=None)
@@ -61,11 +61,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
     model = prepared(args.size)
-    sides = {"ours": (_OURS, model.bundle), "torch": (_TORCH, model.checkpoint)}
+    sides = {"ours": (OURS, model.bundle), "torch": (_TORCH, model.checkpoint)}
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     for round_ in progress_bar(range(args.rounds + 1), "rounds", "round"):
         for name, (script, path) in sides.items():
-            run = _run(script, path)
+            run = run_apart(script, path)
             if round_:  # the first brings the files into the page cache
                 runs[name].append(run)
     _check(runs)
@@ -73,7 +73,8 @@ def main() -> None:
     publish(f"footprint-{args.size}", content, _table(content), _plot(content))
 
 
-def _run(script: str, path: Path) -> dict[str, float]:
+def run_apart(script: str, path: Path) -> dict[str, float]:
+    """Seconds to the first token of a process of its own, its peak memory in bytes, and its first logit."""
     began = time.perf_counter()
     with subprocess.Popen(
         [sys.executable, "-c", script + _REPORT, str(path)], stdout=subprocess.PIPE

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-_MODELS = "eager,compile,torchscript,aoti,openvino,openvino-torch,naive"
+_MODELS = "eager,compile,torchscript,aoti,openvino-torch,naive"
+_OPENVINO = ("openvino, unrolled", "openvino-torch")
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Row:
         options: of ``titans bench``.
         targets: what must come out.
         variant: the export that is the reference.
-        beside: other exports of the same model.
+        beside: other exports of the same model, each behind the backend that runs it, if it is another one.
     """
 
     options: tuple[str, ...]
@@ -49,9 +50,10 @@ ROWS = {
             Target(
                 "decode: best of compile, TorchScript, AOTInductor", ("compile", "torchscript", "aoti"), 1.5
             ),
-            Target("decode: OpenVINO", ("openvino", "openvino-torch"), 1.1),
+            Target("decode: OpenVINO", _OPENVINO, 1.1),
             Target("decode: one sweep over weights and state", ("roofline",), 0.85),
         ),
+        beside=("openvino:unrolled",),
     ),
     "prefill": Row(
         ("-p", "2048", "-n", "0", "--backend", f"{_MODELS},roofline"),
@@ -59,10 +61,11 @@ ROWS = {
             Target("prefill: eager, tiles", ("eager",), 2.5),
             Target(
                 "prefill: best of compile, AOTInductor, OpenVINO",
-                ("compile", "aoti", "openvino", "openvino-torch"),
+                ("compile", "aoti", *_OPENVINO),
                 1.1,
             ),
         ),
+        beside=("openvino:unrolled",),
     ),
     "prefill-loop": Row(
         ("-p", "2048", "-n", "0", "--backend", "eager-loop"),

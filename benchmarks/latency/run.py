@@ -40,8 +40,9 @@ def main() -> int:
     arguments += ["--checkpoint", str(model.checkpoint), "--work", str(model.work)]
     arguments += ["-t", str(args.threads), "-r", str(args.rounds)]
     arguments += ["-o", "md,csv,json,plot", "--out", str(RESULTS / name)]
-    for variant in row.beside:
-        arguments += ["--beside", str(prepared(args.size, variant).bundle)]
+    for text in row.beside:
+        backend, colon, variant = text.rpartition(":")
+        arguments += ["--beside", f"{backend}{colon}{prepared(args.size, variant).bundle}"]
     command = f"python -m benchmarks.latency.run {args.row} --size {args.size} --threads {args.threads}"
     if args.backend is not None:
         arguments += ["--backend", args.backend]

@@ -42,7 +42,9 @@ def config_of(member: str) -> ModelConfig:
     return replace(PRESETS["tiny"], architecture=architecture, **MEMORIES[memory])
 
 
-def export_member(member: str, weights: str, folder: Path) -> Member:
+def export_member(
+    member: str, weights: str, folder: Path, scan: str = "plugin", tokens: tuple[int, ...] = (64,)
+) -> Member:
     """Random weights, exported and verified.
 
     Livelier ones make an untrained deep memory with λ = 1 chaotic: rounding errors double every few tokens,
@@ -54,7 +56,10 @@ def export_member(member: str, weights: str, folder: Path) -> Member:
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     save_checkpoint(model, folder / "checkpoint")
-    assert export_bundle(folder / "checkpoint", folder / "bundle", weights=weights).passed
+    result = export_bundle(
+        folder / "checkpoint", folder / "bundle", weights=weights, scan=scan, tokens=tokens
+    )
+    assert result.passed
     original = load_checkpoint(folder / "checkpoint")
     if weights == "float16":
         round_to_half(original)

@@ -85,14 +85,22 @@ def _contestants(args: argparse.Namespace, job: Job) -> tuple[list[Contestant], 
             contestants.append(Contestant(name, find_loader(name), job))
         except EnvironmentProblem as error:
             absent.append(Absent(name, job.threads, str(error)))
-    for folder in args.beside:
-        open_bundle(folder)  # one that is not there is a mistake, and no absent backend
-        label = folder.resolve().name
-        if any(one.name == label for one in contestants):
-            raise UsageError(f"--beside {folder}: {label!r} is taken; give its folder another name")
-        beside = Job(folder, None, job.threads, job.work, job.editor)
-        contestants.append(Contestant(label, reference, beside))
+    for text in args.beside:
+        contestants.append(_beside(text, job, {one.name for one in contestants}))
     return contestants, absent
+
+
+def _beside(text: str, job: Job, taken: set[str]) -> Contestant:
+    """Another bundle, in the reference's backend or in one that is named before it: ``[BACKEND:]BUNDLE``."""
+    backend, colon, path = text.partition(":")
+    if not colon or backend not in known_backends():
+        backend, path = REFERENCE, text
+    folder = Path(path)
+    label = folder.resolve().name if backend == REFERENCE else f"{backend}, {folder.resolve().name}"
+    if label in taken:
+        raise UsageError(f"--beside {text}: {label!r} is taken; give its folder another name")
+    other = Job(folder, job.checkpoint if backend != REFERENCE else None, job.threads, job.work, job.editor)
+    return Contestant(label, find_loader(backend), other)
 
 
 def _backends(text: str) -> list[str]:

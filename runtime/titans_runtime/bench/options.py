@@ -28,9 +28,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--beside",
         action="append",
         default=[],
-        type=Path,
-        metavar="BUNDLE",
-        help=f"another bundle of the model, in {REFERENCE}; may be given several times",
+        metavar="[BACKEND:]BUNDLE",
+        help=f"another bundle of the model, in {REFERENCE} or the backend named; may be given several times",
     )
     parser.add_argument(
         "--checkpoint", type=Path, default=None, metavar="DIR", help="the bundle's, for PyTorch's backends"
