@@ -15,7 +15,7 @@ import numpy as np
 from titans_runtime.backends import ON_HOST, Array, Call, Graph, Residence
 from titans_runtime.backends.lengths import open_lengths
 from titans_runtime.backends.mirror import Mirrors, is_state, whole
-from titans_runtime.backends.pages import large_pages
+from titans_runtime.backends.pages import Memory, noted
 from titans_runtime.backends.placement import RECORD, Placement, check_placement, read_placement
 from titans_runtime.bundle import WEIGHTS_NAME, Bundle
 from titans_runtime.errors import BundleError, EnvironmentProblem, TitansError, UsageError
@@ -113,11 +113,13 @@ class OnnxRuntimeBackend:
 
         def load(file: str, form: GraphSpec) -> Graph:
             label = name if file == spec.file else Path(file).stem
-            return OnnxRuntimeGraph(self._ort, self._load(file, form, label), mirrors)
+            session, memory = self._load(file, form, label)
+            return OnnxRuntimeGraph(self._ort, session, memory, mirrors)
 
         return open_lengths(spec, load)
 
-    def _load(self, file: str, spec: GraphSpec, name: str) -> onnxruntime.InferenceSession:
+    def _load(self, file: str, spec: GraphSpec, name: str) -> tuple[onnxruntime.InferenceSession, Memory]:
+        memory = Memory()
         options = self._ort.SessionOptions()
         options.log_severity_level = _QUIET
         options.inter_op_num_threads = 1
@@ -130,7 +132,7 @@ class OnnxRuntimeBackend:
         graph = self._bundle.read(file)
         with contextlib.ExitStack() as until_loaded:
             if WEIGHTS_NAME.encode() in graph:
-                self._give_weights(options, until_loaded)
+                self._give_weights(options, memory, until_loaded)
             else:
                 options.add_session_config_entry(_DATA_FOLDER, _NOWHERE)
             until_loaded.enter_context(_quiet_start(self._ort, self._providers))
@@ -144,9 +146,11 @@ class OnnxRuntimeBackend:
         _check_interface(session, spec, self._bundle.folder / file)
         self._placements[name] = read_placement(session)
         check_placement(self._placements[name], self._providers, name)
-        return session
+        return session, memory
 
-    def _give_weights(self, options: onnxruntime.SessionOptions, until_loaded: contextlib.ExitStack) -> None:
+    def _give_weights(
+        self, options: onnxruntime.SessionOptions, memory: Memory, until_loaded: contextlib.ExitStack
+    ) -> None:
         """Let a graph find the bundle's weights, and nothing else: it would look in the working directory.
 
         Large ones are not read but mapped by ONNX Runtime, which lays matrices out anew, page by page: two
@@ -154,7 +158,7 @@ class OnnxRuntimeBackend:
         """
         listed = self._bundle.manifest.files.get(WEIGHTS_NAME)
         if _CAN_MAP and listed and listed.size >= _MAPPED_FROM:
-            until_loaded.enter_context(large_pages())
+            until_loaded.enter_context(noted(memory))
             until_loaded.enter_context(self._bundle.hold(WEIGHTS_NAME))
             # By descriptor: whatever is renamed, this is the folder. ONNX Runtime refuses paths out of it.
             folder = os.open(self._bundle.folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -190,15 +194,16 @@ class OnnxRuntimeGraph:
         self,
         ort: Any,  # noqa: ANN401 - a module
         session: onnxruntime.InferenceSession,
+        memory: Memory,
         mirrors: Mirrors | None = None,
     ) -> None:
         """``session``: already checked against the manifest; ``mirrors``: of arrays that have twins."""
-        self._ort, self._session, self._mirrors = ort, session, mirrors
+        self._ort, self._session, self._memory, self._mirrors = ort, session, memory, mirrors
 
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Call:
         """See :meth:`titans_runtime.backends.Graph.bind`; on the host no array is copied."""
         if self._mirrors is None:
-            return OnnxRuntimeCall(self._ort, self._session, inputs, outputs)
+            return OnnxRuntimeCall(self._ort, self._session, self._memory, inputs, outputs)
         return OnnxRuntimeDeviceCall(self._session, self._mirrors, inputs, outputs)
 
 
@@ -209,11 +214,12 @@ class OnnxRuntimeCall:
         self,
         ort: Any,  # noqa: ANN401 - a module
         session: onnxruntime.InferenceSession,
+        memory: Memory,
         inputs: Mapping[str, Array],
         outputs: Mapping[str, Array],
     ) -> None:
-        """Wrap the arrays as OrtValues, which share their memory."""
-        self._session = session
+        """Wrap the arrays as OrtValues, which share their memory. ``memory``: the session's own."""
+        self._session, self._memory = session, memory
         self._binding = session.io_binding()
         self._values: list[Any] = []  # kept: the binding holds no reference to them
         for name, array in inputs.items():
@@ -224,6 +230,7 @@ class OnnxRuntimeCall:
     def run(self) -> None:
         """Run the graph on the bound buffers."""
         _run(self._session, self._binding)
+        self._memory.used()
 
     def _value(self, ort: Any, array: Array) -> Any:  # noqa: ANN401 - onnxruntime.OrtValue
         if not array.flags.c_contiguous:
