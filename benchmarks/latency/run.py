@@ -18,7 +18,6 @@ from titans_export.config import PRESETS
 from titans_runtime.bench.command import run_bench
 from titans_runtime.bench.options import add_options
 
-
 _TOLERANCES = {"base-deep": "3e-4"}
 """Of sizes where two forms in float32, each within 1e-4 of float64, differ by more than that."""
 
