@@ -68,7 +68,7 @@ def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
     )
     if service is not None:
         app.state.service = service
-    install_errors(app)
+    install_errors(app, [*_open.routes, *_v1.routes])
     app.include_router(_open)
     app.include_router(_v1)
     if settings.tokens is None:

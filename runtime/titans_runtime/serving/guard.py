@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Annotated, Any, Final
 
 from fastapi import Depends, FastAPI, Request
@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.exceptions import HTTPException
-from starlette.routing import Match, Route
+from starlette.routing import BaseRoute, Match, Route
 
 from titans_runtime.errors import (
     ConflictError,
@@ -104,8 +104,8 @@ def status_of(error: TitansError) -> int:
     return next((status for kind, status in _STATUS if isinstance(error, kind)), 503)
 
 
-def install_errors(app: FastAPI) -> None:
-    """Answer every error in one form."""
+def install_errors(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
+    """Answer every error in one form; ``routes``: all there are."""
 
     async def ours(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, TitansError)
@@ -124,7 +124,7 @@ def install_errors(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         headers = dict(error.headers or {})
         if error.status_code == 405:
-            headers["Allow"] = ", ".join(_methods(request))
+            headers["Allow"] = ", ".join(_methods(request, routes))
         return problem(error.status_code, str(error.detail), headers)
 
     app.add_exception_handler(TitansError, ours)
@@ -132,10 +132,10 @@ def install_errors(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, plain)
 
 
-def _methods(request: Request) -> list[str]:
+def _methods(request: Request, routes: Sequence[BaseRoute]) -> list[str]:
     """All methods of a path: each has a route of its own, which knows no other."""
     found: set[str] = set()
-    for route in request.app.routes:
+    for route in routes:
         if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
             found |= route.methods or set()
     return sorted(found)
