@@ -44,9 +44,14 @@ def recurrence_programs(model: TitansModel) -> list[RecurrenceProgram]:
     return [recurrence_program(*one) for one in found.values()] + [exact_program(model.config)] * exact
 
 
-def recurrence_program(core: Core, tokens: Tensors, carry: Tensors, shared: Tensors) -> RecurrenceProgram:
-    """A recurrence, from examples of what :func:`titans_export.recurrence.run_core` is given."""
-    return _Parts(core, tokens, carry, shared).program()
+def recurrence_program(
+    core: Core, tokens: Tensors, carry: Tensors, shared: Tensors, width: int | None = None
+) -> RecurrenceProgram:
+    """A recurrence, from examples of what :func:`titans_export.recurrence.run_core` is given.
+
+    ``width``: of its output; default is that of the first of ``tokens``.
+    """
+    return _Parts(core, tokens, carry, shared, width).program()
 
 
 def exact_program(config: ModelConfig) -> RecurrenceProgram:
@@ -103,7 +108,9 @@ def exact_program(config: ModelConfig) -> RecurrenceProgram:
 class _Parts:
     """The programs of one recurrence, from examples of what it is given."""
 
-    def __init__(self, core: Core, tokens: Tensors, carry: Tensors, shared: Tensors) -> None:
+    def __init__(
+        self, core: Core, tokens: Tensors, carry: Tensors, shared: Tensors, width: int | None
+    ) -> None:
         self.core = core
         self.tokens = {
             f"token_{i}": ("batch", x.shape[1], "tokens", *x.shape[3:]) for i, x in enumerate(tokens)
@@ -113,7 +120,8 @@ class _Parts:
         self.shared: dict[str, Axes] = {"edit": ("batch", *edit.shape[1:])}
         self.shared |= {f"weight_{i}": tuple(x.shape) for i, x in enumerate(weights)}
         self.present = {f"present_{i}": axes for i, axes in enumerate(self.carry.values())}
-        self.output: Axes = self.tokens["token_0"]
+        *lead, last = self.tokens["token_0"]
+        self.output: Axes = (*lead, last if width is None else width)
         self.dtypes = {"position": torch.int64, "live": torch.bool}
         for side in ("past", "present"):
             self.dtypes |= {f"{side}_{i}": x.dtype for i, x in enumerate(carry)}

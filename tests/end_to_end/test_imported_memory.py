@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import titans_runtime as tr
+from tests.runtime.streams import run_graph
 from tests.titans_export.importers.cases import MEMORY_BASE
 from titans_export.importers.titans_pytorch.checkpoint import LIBRARY, save_imported
 from titans_export.importers.titans_pytorch.core import Streamed
@@ -128,3 +129,33 @@ def test_what_needs_a_vocabulary_says_so(
     assert "the bundle's tokenizer is 'vectors', which no text goes into" in capsys.readouterr().err
     assert main(["inspect", str(bundle)]) == 0
     assert "vectors" in capsys.readouterr().out
+
+
+def test_the_gradient_of_association_is_autograds(trained: NeuralMemoryModel, model: tr.Model) -> None:
+    vectors, tokens = _vectors(26).reshape(2, 13, 16), 13
+    weights = [
+        torch.randn(2, *w.shape).mul(0.3).requires_grad_() for w in trained.memory.memory_model_parameters
+    ]
+    key, value, step = trained.memory.taught(torch.tensor(vectors))
+    answer = trained.memory.network.read(tuple(weights), key.detach())
+    loss = 0.5 * (answer - value.detach()).square().sum((1, 2, 3))
+    gradients = torch.autograd.grad(loss.sum(), weights)
+    given = {"inputs": vectors} | {f"past.memory.{i}": w.detach().numpy() for i, w in enumerate(weights)}
+    found = run_graph(model, "gradient.association", given, tokens)
+    np.testing.assert_allclose(found["loss"], loss.detach().numpy(), rtol=1e-5)
+    np.testing.assert_allclose(found["loss.memory"], found["loss"])
+    for index, gradient in enumerate(gradients):
+        error = np.abs(found[f"grad.memory.{index}"] - gradient.numpy()).max()
+        assert error <= 1e-5 * float(gradient.abs().max())
+    np.testing.assert_allclose(
+        found["gate.memory.0.step"], step.detach().numpy() * 2 / 8, rtol=1e-5, err_msg="θ, for a mean over 8"
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["sgd,step=0.02", "titans,step=1"])
+def test_lessons_in_association_lower_their_loss(model: tr.Model, optimizer: str) -> None:
+    vectors, session = _vectors(40), model.session(edit=0.0, editor=None)
+    editor = tr.Editor.parse(f"association:optimizer={optimizer},chunk=8")
+    losses = [report.loss for report in session.prepare(vectors, passes=4, editor=editor)]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.9 * losses[0]

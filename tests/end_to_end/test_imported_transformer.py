@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 import titans_runtime as tr
+from tests.runtime.streams import run_graph
 from tests.titans_export.importers.cases import TRANSFORMER_BASE
+from titans_export.importers.titans_pytorch.association import Association
 from titans_export.importers.titans_pytorch.checkpoint import LIBRARY, save_imported
 from titans_export.importers.titans_pytorch.core import Streamed
 from titans_export.importers.titans_pytorch.options import TransformerOptions, to_dict
@@ -84,20 +86,36 @@ def test_the_gradient_of_prediction_is_autograds(trained: TransformerModel, mode
     loss = -(chosen * known).sum(-1)
     gradients = torch.autograd.grad(loss.sum(), list(leaves.values()))
 
-    spec = model.manifest.graphs["gradient.prediction"]
     given = {"input_ids": ids, "target_ids": targets, "edit": edit.numpy()}
     given |= {f"past.{name}": tensor.detach().contiguous().numpy() for name, tensor in past.items()}
-    sizes = {"batch": 2, "tokens": tokens}
-    found: dict[str, Array] = {
-        tensor.name: np.zeros([sizes.get(str(axis), axis) for axis in tensor.shape], np.float32)
-        for tensor in spec.outputs
-    }
-    inputs = {tensor.name: given[tensor.name] for tensor in spec.inputs}
-    model.backend.graph("gradient.prediction").bind(inputs, found).run()
+    found = run_graph(model, "gradient.prediction", given, tokens)
     assert np.allclose(found["loss"], loss.detach().numpy(), rtol=1e-4)
     for name, gradient in zip(memories, gradients, strict=True):
         error = np.abs(found[f"grad.{name}"] - gradient.numpy()).max()
         assert error <= 1e-4 * max(float(gradient.abs().max()), 1e-3), name
+
+
+def test_the_gradient_of_association_is_autograds(trained: TransformerModel, model: tr.Model) -> None:
+    """Whatever the calls stand in: rows begin in the middle of chunks, and long-term tokens come between."""
+    tokens, ids, stream, edit = 13, _ids(2, 13), Streamed(trained), torch.rand(2, 2)
+    with torch.no_grad():
+        _, *state = stream(torch.tensor(_ids(2, 11, seed=2)), edit, *stream.initial_state(2))
+        stored = Association(trained)._stored(torch.tensor(ids), (edit, *state))
+    past = dict(zip(trained.state(), state, strict=True))
+    given = {"input_ids": ids, "edit": edit.numpy()}
+    given |= {f"past.{name}": tensor.detach().numpy() for name, tensor in past.items()}
+    found, total = run_graph(model, "gradient.association", given, tokens), np.zeros(2)
+    for (prefix, memory), own in zip(trained.memories.items(), stored, strict=True):
+        names = [name for name in past if name.startswith(f"{prefix}memory.")]
+        leaves = [past[name].detach().clone().requires_grad_() for name in names]
+        key, value, _ = (x.detach() for x in memory.taught(own))
+        loss = 0.5 * (memory.network.read(tuple(leaves), key) - value).square().sum((1, 2, 3))
+        total += loss.detach().numpy()
+        np.testing.assert_allclose(found[f"loss.{prefix}memory"], loss.detach().numpy(), rtol=1e-4)
+        for name, gradient in zip(names, torch.autograd.grad(loss.sum(), leaves), strict=True):
+            error = np.abs(found[f"grad.{name}"] - gradient.numpy()).max()
+            assert error <= 1e-5 * float(gradient.abs().max()), name
+    np.testing.assert_allclose(found["loss"], total, rtol=1e-4)
 
 
 def test_learning_from_a_text_makes_it_likelier(model: tr.Model) -> None:

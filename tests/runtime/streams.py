@@ -87,6 +87,19 @@ def manifest_of(folder: Path) -> Manifest:
     return Manifest.from_dict(json.loads((folder / MANIFEST_NAME).read_text("utf-8")))
 
 
+def run_graph(model: Model, name: str, given: dict[str, Array], tokens: int) -> dict[str, Array]:
+    """Outputs of one of a bundle's graphs; inputs that it does not take are left out."""
+    spec = model.manifest.graphs[name]
+    sizes = {"batch": len(next(iter(given.values()))), "tokens": tokens}
+    found: dict[str, Array] = {
+        tensor.name: np.zeros([sizes.get(str(axis), axis) for axis in tensor.shape], np.float32)
+        for tensor in spec.outputs
+    }
+    inputs = {tensor.name: np.ascontiguousarray(given[tensor.name]) for tensor in spec.inputs}
+    model.backend.graph(name).bind(inputs, found).run()
+    return found
+
+
 _TEXT = b"a memory that moves only when it must, and is the same wherever it is. " * 9
 
 

@@ -73,15 +73,26 @@ def memory_node(
 
 
 def recurrence_node(
-    core: Recurrent, position: Tensor, tokens: Tensors, carry: Tensors, shared: Tensors
+    core: Recurrent,
+    position: Tensor,
+    tokens: Tensors,
+    carry: Tensors,
+    shared: Tensors,
+    width: int | None = None,
 ) -> tuple[Tensor, Tensors]:
-    """Stands for a recurrence while a model is traced: leaves one ``titans::<name>`` node."""
+    """Stands for a recurrence while a model is traced: leaves one ``titans::<name>`` node.
+
+    ``width``: of its output; default is that of the first of ``tokens``.
+    """
     output, *present = torch.onnx.ops.symbolic_multi_out(
         f"{memory_op.DOMAIN}::{core.name}",
         (position, *tokens, *carry, *shared),
         memory_op.node_attributes(core.tile),
         dtypes=(tokens[0].dtype, *(tensor.dtype for tensor in carry)),
-        shapes=(tokens[0].shape, *(tensor.shape for tensor in carry)),
+        shapes=(
+            (*tokens[0].shape[:-1], tokens[0].shape[-1] if width is None else width),
+            *(tensor.shape for tensor in carry),
+        ),
         version=memory_op.VERSION,
     )
     return output, tuple(present)

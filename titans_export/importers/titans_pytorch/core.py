@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from titans_export.importers.titans_pytorch.keys import LibraryModel
+from titans_export.importers.titans_pytorch.transformer import TransformerModel
 from titans_export.memory_layer import Rules
 from titans_export.recurrence import Tensors
 
@@ -54,6 +55,31 @@ class LibraryCore:
         tensors = {f"model.{name}": weight for name, weight in zip(self.names, weights, strict=True)}
         result: tuple[Tensor, Tensors] = functional_call(_Method(self.model, method), tensors, arguments)
         return result
+
+
+@dataclass(frozen=True)
+class StoredCore(LibraryCore):
+    """The same recurrence, put out what the memories store of every token: for gradients of association."""
+
+    model: TransformerModel
+
+    @property
+    def name(self) -> str:
+        """Of the operator."""
+        return f"{self.model.operator}Stored"
+
+    def one(self, tokens: Tensors, place: Tensor, carry: Tensors, shared: Tensors) -> tuple[Tensor, Tensors]:
+        """See :class:`titans_export.recurrence.Core`."""
+        del place  # the state knows
+        edit, *weights = shared
+        y, present = self._call("one_stored", weights, tokens[0].squeeze(1), edit, carry)
+        return y[:, None], present
+
+    def step(self, tokens: Tensors, live: Tensor, carry: Tensors, shared: Tensors) -> tuple[Tensor, Tensors]:
+        """See :class:`titans_export.recurrence.Core`."""
+        edit, *weights = shared
+        y, present = self._call("step_stored", weights, tokens[0].squeeze(1), live, edit, carry)
+        return y[:, None], present
 
 
 class _Method(nn.Module):

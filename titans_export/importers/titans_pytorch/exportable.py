@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,9 +15,11 @@ from titans_converters.onnx.sinkhorn import sinkhorn_node
 from titans_converters.onnx.trace import recurrence_node
 from titans_converters.program import Axes, Program, RecurrenceProgram
 from titans_export.exportable import Facts
-from titans_export.importers.titans_pytorch.core import Streamed
-from titans_export.importers.titans_pytorch.goldens import make_goldens
+from titans_export.importers.titans_pytorch.association import Association
+from titans_export.importers.titans_pytorch.core import StoredCore, Streamed
+from titans_export.importers.titans_pytorch.goldens import associates, make_goldens
 from titans_export.importers.titans_pytorch.keys import LibraryModel
+from titans_export.importers.titans_pytorch.neural_memory import NeuralMemoryModel
 from titans_export.importers.titans_pytorch.residual import HyperConnection
 from titans_export.importers.titans_pytorch.transformer import TransformerModel
 from titans_export.memory_layer import Rules, StateEntry
@@ -80,58 +83,88 @@ class ImportedModel:
         return []
 
     def programs(self, scan: str = "plugin", quantised: bool = False) -> list[Program]:
-        """The model."""
+        """The model, and the gradient of its associative loss."""
         del quantised
         if scan == "native":
             raise UsageError(
                 "--scan native: an imported model's memory is an MLP with gradients by the chunk, which "
                 "LinearAttention cannot express; choose plugin or scan"
             )
+        gradients = [self._association()] if associates(self.model) else []
+        return [self._model(), *gradients]
+
+    def _model(self) -> Program:
         streamed = Streamed(self.model, Rules(recurrence=recurrence_node))
         schema = self.state()
         sequence, scores = self._sequence(), self._scores()
         past_axes: dict[str, Axes] = {f"past.{key}": ("batch", *entry.shape) for key, entry in schema.items()}
-        return [
-            Program(
-                name="model",
-                module=_Call(streamed),
-                inputs={
-                    sequence.name: sequence.example,
-                    "edit": torch.zeros(_BATCH, self.model.edit_layers),
-                    **dict(zip(past_axes, streamed.initial_state(_BATCH), strict=True)),
-                },
-                input_axes={
-                    sequence.name: sequence.axes,
-                    "edit": ("batch", self.model.edit_layers),
-                    **past_axes,
-                },
-                output_axes={
-                    scores[0]: ("batch", "tokens", scores[1]),
-                    **{f"present.{key}": ("batch", *entry.shape) for key, entry in schema.items()},
-                },
-                output_dtypes={f"present.{key}": entry.dtype for key, entry in schema.items()},
-            )
-        ]
+        return Program(
+            name="model",
+            module=_Call(streamed),
+            inputs={
+                sequence.name: sequence.example,
+                "edit": torch.zeros(_BATCH, self.model.edit_layers),
+                **dict(zip(past_axes, streamed.initial_state(_BATCH), strict=True)),
+            },
+            input_axes={
+                sequence.name: sequence.axes,
+                "edit": ("batch", self.model.edit_layers),
+                **past_axes,
+            },
+            output_axes={
+                scores[0]: ("batch", "tokens", scores[1]),
+                **{f"present.{key}": ("batch", *entry.shape) for key, entry in schema.items()},
+            },
+            output_dtypes={f"present.{key}": entry.dtype for key, entry in schema.items()},
+        )
+
+    def _association(self) -> Program:
+        widths = [] if isinstance(self.model, NeuralMemoryModel) else self.model.stored_widths
+        module = Association(self.model, partial(recurrence_node, width=sum(widths)))
+        schema, sequence = self.state(), self._sequence()
+        initial = Streamed(self.model).initial_state(_BATCH)
+        past = dict(zip(schema, initial, strict=True))
+        edit = {"edit": torch.zeros(_BATCH, self.model.edit_layers)} if widths else {}
+        edit_axes: dict[str, Axes] = {"edit": ("batch", self.model.edit_layers)} if widths else {}
+        return Program(
+            name="gradient.association",
+            module=module,
+            inputs={
+                sequence.name: sequence.example,
+                **edit,
+                **{f"past.{name}": past[name] for name in module.past},
+            },
+            input_axes={
+                sequence.name: sequence.axes,
+                **edit_axes,
+                **{f"past.{name}": ("batch", *schema[name].shape) for name in module.past},
+            },
+            output_axes=module.outputs,
+        )
 
     def recurrences(self) -> list[RecurrenceProgram]:
-        """One: the whole model, a tile at a time."""
+        """The whole model, a tile at a time; and for a transformer, what its memories store."""
         found: list[RecurrenceProgram] = []
 
         def watch(
             core: Core, position: Tensor, tokens: Tensors, carry: Tensors, shared: Tensors
         ) -> tuple[Tensor, Tensors]:
             del position
-            found.append(recurrence_program(core, tokens, carry, shared))
-            return tokens[0], carry
+            width = sum(core.model.stored_widths) if isinstance(core, StoredCore) else None
+            found.append(recurrence_program(core, tokens, carry, shared, width))
+            like = tokens[0]
+            return like.new_zeros(*like.shape[:-1], width or like.shape[-1]), carry
 
         model = copy.deepcopy(self.model)
         for module in model.modules():
             if isinstance(module, HyperConnection):
                 module.sinkhorn = sinkhorn_node
+        example, edit = self._sequence().example[:1, :1], torch.zeros(1, self.model.edit_layers)
         streamed = Streamed(model, Rules(recurrence=watch))
-        example = self._sequence().example[:1, :1]
         with torch.no_grad():
-            streamed(example, torch.zeros(1, self.model.edit_layers), *streamed.initial_state(1))
+            streamed(example, edit, *streamed.initial_state(1))
+            if isinstance(model, TransformerModel) and associates(self.model):
+                Association(model, watch)(example, edit, *streamed.initial_state(1))
         return found
 
     def _sequence(self) -> _Sequence:

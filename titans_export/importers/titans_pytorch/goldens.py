@@ -47,7 +47,49 @@ def make_goldens(model: LibraryModel, seed: int = 0) -> Arrays:
     arrays: Arrays = {}
     for case in _cases(model, generator):
         arrays |= _run(reference, case, generator)
+    if associates(model):
+        arrays |= _run_association(reference, generator)
     return arrays
+
+
+def associates(model: LibraryModel) -> bool:
+    """Whether it has memories, and every token's key a value of its own to be held against."""
+    memories = model.memories.values()
+    return bool(memories) and not any(one.options.store_with_lookahead_value for one in memories)
+
+
+def _run_association(model: LibraryModel, generator: torch.Generator) -> Arrays:
+    """What ``gradient.association`` must give, on rows in the middle of their chunks."""
+    edit = torch.rand(2, model.edit_layers, generator=generator)
+    rows = [loop(model, strength) for strength in edit.double()]
+    for row, tokens in zip(rows, (model.tile // 2 + 1, model.tile + 1), strict=True):
+        _see(row, _sequence(model, 1, tokens, generator)[0])
+    prefix = "association.gradient.association.0"
+    arrays = _named(f"{prefix}.input.past.", _state(rows))
+    sequence = _sequence(model, len(rows), model.tile + 1, generator)
+    name = "input_ids" if isinstance(model, TransformerModel) else "inputs"
+    arrays |= {f"{prefix}.input.{name}": sequence.numpy(), f"{prefix}.input.edit": edit.numpy()}
+    found = [_association(row, own) for row, own in zip(rows, sequence, strict=True)]
+    return arrays | _named(
+        f"{prefix}.output.", {key: torch.stack([one[key] for one in found]) for key in found[0]}
+    )
+
+
+def _association(row: Loop, sequence: Tensor) -> dict[str, Tensor]:
+    before = {prefix: [w.clone() for w in memory.memory] for prefix, memory in row.memories.items()}
+    stored: dict[str, list[Tensor]] = {prefix: [] for prefix in before}
+    for token in _doubled(sequence):
+        row.see(token)
+        for prefix, memory in row.memories.items():
+            stored[prefix].append(memory.last)
+    found: dict[str, Tensor] = {}
+    for prefix, memory in row.memories.items():
+        loss, gradients, steps = memory.association(before[prefix], stored[prefix])
+        found[f"loss.{prefix}memory"] = loss
+        found |= {f"grad.{prefix}memory.{i}": gradient for i, gradient in enumerate(gradients)}
+        found |= {f"gate.{prefix}memory.{i}.step": steps for i in range(len(gradients))}
+    losses = [value for name, value in found.items() if name.startswith("loss.")]
+    return {"loss": torch.stack(losses).sum()} | found
 
 
 def _cases(model: LibraryModel, generator: torch.Generator) -> list[_Case]:
@@ -83,8 +125,11 @@ def _run(model: LibraryModel, case: _Case, generator: torch.Generator) -> Arrays
 
 
 def _see(row: Loop, sequence: Tensor) -> Tensor:
-    double = sequence.double() if sequence.is_floating_point() else sequence
-    return torch.stack([row.see(token) for token in double])
+    return torch.stack([row.see(token) for token in _doubled(sequence)])
+
+
+def _doubled(sequence: Tensor) -> Tensor:
+    return sequence.double() if sequence.is_floating_point() else sequence
 
 
 def _sequence(model: LibraryModel, batch: int, tokens: int, generator: torch.Generator) -> Tensor:

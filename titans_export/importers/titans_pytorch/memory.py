@@ -176,6 +176,20 @@ class LibraryMemory(nn.Module):
             return Memories(memory, momentum, ())
         return Memories(*self._moved(memory, state.anchor, boundary & live, momentum))
 
+    def taught(self, stored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the memory is taught by tokens: keys and values ``(B, H, T U, D)``, steps ``(B, H, T U)``.
+
+        Args:
+            stored: ``(B, T, dim)``, or two views side by side.
+        """
+        return self._taught(*self._views(stored))
+
+    def _taught(self, key_view: Tensor, value_view: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        key = self.k_norm(self._heads(self.activation(self.to_keys(key_view))))
+        value = self._heads(self.activation(self.to_values(value_view)))
+        step = torch.sigmoid(self._per_update(key_view)) * self.options.default_step_transform_max_lr
+        return key, value, step
+
     def _views(self, chunk: Tensor) -> tuple[Tensor, Tensor]:
         if chunk.shape[-1] == self.options.dim:
             view = self.store_norm(chunk)
@@ -194,10 +208,8 @@ class LibraryMemory(nn.Module):
     def _surprise(self, base: Weights, key_view: Tensor, value_view: Tensor, there: Tensor) -> Weights:
         """``-g``; zero for rows whose chunk is not complete. Sign and zeros go in with the steps."""
         options = self.options
-        key = self.k_norm(self._heads(self.activation(self.to_keys(key_view))))
-        value = self._heads(self.activation(self.to_values(value_view)))
-        scale = -options.default_step_transform_max_lr * there[..., None]
-        step = scale * torch.sigmoid(self._per_update(key_view))
+        key, value, step = self._taught(key_view, value_view)
+        step = -step * there[..., None]
         if options.store_with_lookahead_value:
             key, value, step = key[:, :, :-1], value[:, :, 1:], step[:, :, :-1]
         descent = gradient(self.network, base, key, value, step)

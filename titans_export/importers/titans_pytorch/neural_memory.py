@@ -94,6 +94,15 @@ class NeuralMemoryModel(nn.Module):
         )
         return y, (position + live.sum(1), *pack(state))
 
+    @property
+    def memories(self) -> dict[str, LibraryMemory]:
+        """The memory, by what the names of its state begin with."""
+        return {"": self.memory}
+
+    def stored(self, x: Tensor) -> Tensor:
+        """What the memory stores of its inputs ``(B, T, width)``."""
+        return self._views(x)[1]
+
     def _views(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The query's view, and what is stored."""
         if not self.options.qkv_receives_diff_views:

@@ -33,11 +33,12 @@ class MemoryLoop:
             [torch.zeros_like(w) for w in self.memory] for _ in range(self.options.orders)
         ]
         self.store = torch.zeros(self.options.chunk_size, width, dtype=edit.dtype)
+        self.last = self.store[0]
         self.seen = 0
 
     def see(self, query: Tensor, stored: Tensor, previous: Weights | None) -> Tensor:
         """One token: ``query (dim,)`` and what is stored of it; what the memory answers."""
-        self.store[self.seen % self.options.chunk_size] = stored
+        self.store[self.seen % self.options.chunk_size] = self.last = stored
         self.seen += 1
         if self.seen % self.options.chunk_size == 0:
             self._learn(previous)
@@ -92,12 +93,10 @@ class MemoryLoop:
             base = [w + mix * p[head] for w, p in zip(base, previous, strict=True)]
         keys, values, steps = [], [], []
         for k, v in zip(key_view, value_view, strict=True):
-            key = own.activation(own.to_keys(k)).reshape(options.heads, -1, options.dim_head)
-            value = own.activation(own.to_values(v)).reshape(options.heads, -1, options.dim_head)
-            keys += list(own.k_norm(key[None])[0, head])
+            key, value, step = self._pair(k, v)
+            keys += list(key[head])
             values += list(value[head])
-            step = torch.sigmoid(own.to_adaptive_step(k)).reshape(options.heads, -1)[head]
-            steps += list(options.default_step_transform_max_lr * step)
+            steps += list(step[head])
         if options.store_with_lookahead_value:
             keys, values, steps = keys[:-1], values[1:], steps[:-1]
             if options.chunk_size * options.num_kv_per_token == 1:  # nothing to look ahead to
@@ -113,6 +112,30 @@ class MemoryLoop:
             found = list(torch.autograd.grad(loss, variables, materialize_grads=True))
         limit = options.max_grad_norm
         return found if limit is None else [_soft_clamp(g, limit) for g in found]
+
+    def _pair(self, key_view: Tensor, value_view: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of one token: keys and values ``(H, U, D)``, steps ``(H, U)``."""
+        options, own = self.options, self.own
+        key = own.activation(own.to_keys(key_view)).reshape(options.heads, -1, options.dim_head)
+        value = own.activation(own.to_values(value_view)).reshape(options.heads, -1, options.dim_head)
+        step = torch.sigmoid(own.to_adaptive_step(key_view)).reshape(options.heads, -1)
+        return own.k_norm(key[None])[0], value, options.default_step_transform_max_lr * step
+
+    def association(self, weights: Weights, stored: list[Tensor]) -> tuple[Tensor, Weights, Tensor]:
+        """``½ ‖f(W; k) - v‖²`` over what some tokens store, its gradient by autograd, steps ``(H, T)``."""
+        own, dim = self.own, self.options.dim
+        pairs = []
+        for one in stored:
+            views = (one, one) if len(one) == dim else (one[:dim], one[dim:])
+            pairs.append(self._pair(*(own.store_norm(view) for view in views)))
+        with torch.enable_grad():
+            variables = [w.detach().clone().requires_grad_() for w in weights]
+            batch = tuple(w[None] for w in variables)
+            errors = [own.network.read(batch, key[None])[0] - value for key, value, _ in pairs]
+            loss = torch.stack([0.5 * error.square().sum() for error in errors]).sum()
+            found = list(torch.autograd.grad(loss, variables, materialize_grads=True))
+        steps = torch.stack([step.mean(-1) for _, _, step in pairs], dim=-1)
+        return loss.detach(), found, steps * 2 / self.options.dim_head
 
     def _with_momentum(self, head: int, surprise: Weights, pooled: Tensor) -> Weights:
         options, own = self.options, self.own
@@ -211,6 +234,11 @@ class NeuralMemoryLoop:
             return self.memory.see(x, x, None)
         return self.memory.see(x[: self.options.dim], x[self.options.dim :], None)
 
+    @property
+    def memories(self) -> dict[str, MemoryLoop]:
+        """The memory, by what the names of its state begin with."""
+        return {"": self.memory}
+
     def state(self) -> dict[str, Tensor]:
         """The model's state, without its batch axis."""
         return {"position": torch.tensor(self.memory.seen), **self.memory.state()}
@@ -240,6 +268,11 @@ class TransformerLoop:
                 self._see(long_term)
         self.tokens += 1
         return self.own.after(self._see(self.own.embedding.weight[token])[None, None])[0, 0]
+
+    @property
+    def memories(self) -> dict[str, MemoryLoop]:
+        """Every memory, by what the names of its state begin with."""
+        return {f"layers.{i}.": memory for i, memory in enumerate(self.memory) if memory is not None}
 
     def state(self) -> dict[str, Tensor]:
         """The model's state, without its batch axis."""

@@ -119,6 +119,7 @@ class _Pass:
         self.inputs: list[Tensor] = []
         self.values: Tensor | None = None
         self.history: list[Weights] = []
+        self.stored: list[Tensor] = []
 
     def attend(self, layer: Layer, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState, Tensor]:
         raise NotImplementedError
@@ -134,6 +135,7 @@ class _Pass:
         if layer.memory is not None and layer.memory_connection is not None and memory is not None:
             mixed = layer.memory_connection(x)
             query, stored = self._views(layer, mixed.branch)
+            self.stored.append(stored)
             retrieved, memory = self.remember(layer, index, query, stored, memory)
             if layer.memory_connection.adds:
                 x = mixed.added(retrieved)
@@ -233,6 +235,17 @@ class TransformerModel(nn.Module):
     def _layers(self) -> list[Layer]:
         return [layer for layer in self.layers if isinstance(layer, Layer)]
 
+    @property
+    def memories(self) -> dict[str, LibraryMemory]:
+        """Every memory, by what the names of its state begin with."""
+        layers = enumerate(self._layers())
+        return {f"layers.{index}.": layer.memory for index, layer in layers if layer.memory is not None}
+
+    @property
+    def stored_widths(self) -> list[int]:
+        """Of what every memory stores of a token."""
+        return [layer.views * self.options.dim for layer in self._layers() if layer.memory is not None]
+
     def state(self) -> dict[str, StateEntry]:
         """Every entry of the state by name."""
         schema = {"position": StateEntry((), torch.int64, role="position")}
@@ -283,6 +296,15 @@ class TransformerModel(nn.Module):
 
     def one(self, x: Tensor, edit: Tensor, carry: Tensors) -> tuple[Tensor, Tensors]:
         """One token that is not apart: ``(B, 1, dim)`` and the state before it."""
+        _, y, present = self._one(x, edit, carry)
+        return y, present
+
+    def one_stored(self, x: Tensor, edit: Tensor, carry: Tensors) -> tuple[Tensor, Tensors]:
+        """The same, but what all memories store, side by side, in place of the answer."""
+        run, _, present = self._one(x, edit, carry)
+        return torch.cat(run.stored, dim=-1), present
+
+    def _one(self, x: Tensor, edit: Tensor, carry: Tensors) -> tuple[_Pass, Tensor, Tensors]:
         del edit  # nothing is written yet
         position, *rest = carry
         options = self.options
@@ -293,19 +315,30 @@ class TransformerModel(nn.Module):
             + self.chunk_position(chunk[:, None, None].to(x.dtype))
             + self.place_position[place % size][:, None]
         )
-        y, present = self._run(_TokenPass(options, position), x, tuple(rest))
-        return y, (position + 1, *present)
+        run = _TokenPass(options, position)
+        y, present = self._run(run, x, tuple(rest))
+        return run, y, (position + 1, *present)
 
     def step(self, x: Tensor, live: Tensor, edit: Tensor, carry: Tensors) -> tuple[Tensor, Tensors]:
         """A tile: ``(B, S, dim)`` of which ``live (B, S)`` are there."""
+        _, y, present = self._step(x, live, edit, carry)
+        return y, present
+
+    def step_stored(self, x: Tensor, live: Tensor, edit: Tensor, carry: Tensors) -> tuple[Tensor, Tensors]:
+        """The same, but what all memories store of the tile's own tokens in place of the answers."""
+        run, _, present = self._step(x, live, edit, carry)
+        return torch.cat(run.stored, dim=-1)[:, self.options.num_longterm_mem_tokens :], present
+
+    def _step(self, x: Tensor, live: Tensor, edit: Tensor, carry: Tensors) -> tuple[_Pass, Tensor, Tensors]:
         position, *rest = carry
         options = self.options
         segment, lead = position // options.segment_len, options.num_longterm_mem_tokens
         x = torch.cat([self.long_term.expand(x.shape[0], -1, -1), x], dim=1) + self._positions(
             segment, x.dtype
         )
-        y, present = self._run(_TilePass(options, Places(live, segment), edit), x, tuple(rest))
-        return y[:, lead:], (position + live.sum(1), *present)
+        run = _TilePass(options, Places(live, segment), edit)
+        y, present = self._run(run, x, tuple(rest))
+        return run, y[:, lead:], (position + live.sum(1), *present)
 
     def _positions(self, segment: Tensor, dtype: torch.dtype) -> Tensor:
         """Of a tile's places, ``(B, NL + S, dim)``."""
