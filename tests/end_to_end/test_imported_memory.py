@@ -159,3 +159,17 @@ def test_lessons_in_association_lower_their_loss(model: tr.Model, optimizer: str
     losses = [report.loss for report in session.prepare(vectors, passes=4, editor=editor)]
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.9 * losses[0]
+
+
+def test_lessons_of_no_step_report_each_tokens_surprise(trained: NeuralMemoryModel, model: tr.Model) -> None:
+    """What the library's `return_surprises` gives, times half a head's width and summed over heads."""
+    vectors, session = _vectors(4), model.session(editor=None)  # a chunk: nothing is written yet
+    report = session.observe(vectors, tr.Editor("association", step=0.0, chunk=1))
+    memory = trained.memory
+    with torch.no_grad():
+        key, value, _ = memory.taught(torch.tensor(vectors)[None])
+        weights = tuple(w[None] for w in memory.memory_model_parameters)
+        error = (memory.network.read(weights, key) - value).square().mean(-1)  # (1, H, T)
+    found = [lesson.loss for lesson in report.lessons]
+    np.testing.assert_allclose(found, error[0].sum(0).numpy()[: len(found)] * 8 / 2, rtol=1e-5)
+    assert len(found) == 4

@@ -39,8 +39,8 @@ def _content(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.suite("crash")
 @pytest.mark.parametrize(
-    ("replaces", "weights"),
-    [(True, "float32"), (False, "float32"), (True, "int8")],
+    ("replaces", "weights", "every"),
+    [(True, "float32", 1), (False, "float32", 1), (True, "int8", 7)],
     ids=["an older bundle", "nothing", "an older bundle by integers"],
 )
 def test_an_export_killed_at_every_step(
@@ -50,6 +50,7 @@ def test_an_export_killed_at_every_step(
     monkeypatch: pytest.MonkeyPatch,
     replaces: bool,
     weights: str,
+    every: int,
 ) -> None:
     """All that reaches the disk: what is computed before that is computed once, here."""
     checkpoint, out = tmp_path / "checkpoint", tmp_path / "here" / "bundle"
@@ -78,13 +79,13 @@ def test_an_export_killed_at_every_step(
     found = [
         _content(out) if out.exists() else None
         for _ in killed_at_every_step(
-            lambda: pipeline.export_bundle(checkpoint, out, weights=weights), out.parent, prepare=prepare
+            lambda: pipeline.export_bundle(checkpoint, out, weights=weights), out.parent, prepare, every
         )
     ]
     assert [content for content in found if content not in (old, new)] == []
     assert old in found
     assert new in found
-    assert len(found) > 100
+    assert len(found) > 100 // every
 
 
 def _traced(exportable: Exportable, quantised: bool) -> dict[str, ir.Model]:
