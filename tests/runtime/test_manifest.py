@@ -54,6 +54,7 @@ def _drop(*path: str | int) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+_PREDICTION = ("graphs", "gradient.prediction")
 BAD = [
     (_set("format_version", value=2), "format version 2; this runtime reads 1"),
     (_set("format_version", value=0), "format_version is 0; at least 1"),
@@ -73,6 +74,13 @@ BAD = [
     (_set("tokenizer", value="vectors"), "vocab_size is 256, which the tokenizer 'vectors' cannot have"),
     (_set("vocab_size", value=300), "logits has shape .*256.*; the other fields ask for .*300"),
     (_set("edit_layers", value=3), "edit has shape"),
+    (_set(*_PREDICTION, "inputs", 0, "name", value="other"), "the input other is none of the model's"),
+    (_set(*_PREDICTION, "inputs", 0, "shape", value=["batch"]), "input_ids has shape"),
+    (_set(*_PREDICTION, "outputs", 0, "name", value="total"), "loss has shape None"),
+    (_set(*_PREDICTION, "outputs", -1, "name", value="grad.other"), "grad.other is the gradient of no state"),
+    (_set(*_PREDICTION, "outputs", -1, "shape", value=["batch", 1]), "grad.layers.1.memory has shape"),
+    (_set(*_PREDICTION, "outputs", 1, "shape", value=["heads"]), "has an axis of unknown size"),
+    (_set("graphs", "gradient.readout", "inputs", 0, "name", value="ids"), "has other inputs or outputs"),
     (_set("model", value=[]), "model must be of type dict"),
     (_set("state", value={}), "state must be of type list"),
     (_set("state", 0, value=3), r"state\[0\] must be an object"),

@@ -185,13 +185,20 @@ def _splice(
         ir.convenience.replace_all_uses_with(value, bindings[str(value.name)])
     traced = list(graph)
     ends = [bindings[str(value.name)] if value in graph.inputs else value for value in graph.outputs]
+    graph.outputs.clear()  # what remains is no graph's output but that of the graph that is put together
     graph.remove(traced)
     nodes += traced
-    outputs = {}
+    outputs: dict[str, ir.Value] = {}
+    own = {value for node in traced for value in node.outputs}
     for name, end in zip(program.output_axes, ends, strict=True):
         if wanted is not None and name not in wanted:
             continue
-        # An output of its own, even where the program hands an input through or one value out twice.
+        if end in own and end not in outputs.values():
+            _set_type(end, program, name)
+            outputs[name] = end
+            continue
+        # An output of its own, even where the program hands an input through or one value out twice: a copy,
+        # which ONNX Runtime does make.
         identity = _node("Identity", [end])
         identity.outputs[0].name = f"out.{name}"
         _set_type(identity.outputs[0], program, name)

@@ -54,16 +54,15 @@ def sinkhorn_function(size: int, iterations: int) -> onnx.FunctionProto:
     ]
     scaled = "kernel"
     for i in range(iterations):
-        lines += [f"row_sums_{i} = MatMul({scaled}, by_row)", f"row_{i} = Reciprocal(row_sums_{i})"]
+        lines.append(f"row_sums_{i} = MatMul({scaled}, by_row)")
         if i < iterations - 1:
             lines += [
-                f"by_rows_{i} = Mul(kernel, row_{i})",
+                f"by_rows_{i} = Div(kernel, row_sums_{i})",
                 f"column_sums_{i} = MatMul(by_rows_{i}, by_column)",
-                f"column_{i} = Reciprocal(column_sums_{i})",
-                f"by_columns_{i} = Mul(kernel, column_{i})",
+                f"by_columns_{i} = Div(kernel, column_sums_{i})",
             ]
             scaled = f"by_columns_{i}"
-    lines += [f"result = Mul({scaled}, row_{iterations - 1})", "matrix = Reshape(result, shape)"]
+    lines += [f"result = Div({scaled}, row_sums_{iterations - 1})", "matrix = Reshape(result, shape)"]
     body = "\n".join(f"    {line}" for line in lines)
     function: onnx.FunctionProto = onnx.parser.parse_function(
         f'<domain: "{memory_op.DOMAIN}", opset_import: ["" : {OPSET}]>\n'
