@@ -169,15 +169,23 @@ class Tape:
         target = self.op("Shape", value)
         if axes is None:  # found when it runs
             whole = self.op("Shape", gradient)
-            missing = self.op("Sub", self.op("Shape", whole), self.op("Shape", target))
-            one = numpy_helper.from_array(np.array([1], np.int64))
-            padded = self.op("Concat", self.op("ConstantOfShape", missing, value=one), target, axis=0)
+            padded = self._padded(target, whole, own, spread)
             differs = self.op("Not", self.op("Equal", padded, whole))
             over = self.op("Squeeze", self.op("NonZero", differs), self.ints(0))
         else:
             over = self.ints(*axes)
         total = self.op("ReduceSum", gradient, over, keepdims=1, noop_with_empty_axes=1)
         return self.op("Reshape", total, target)
+
+    def _padded(self, target: str, whole: str, own: Shape | None, spread: Shape | None) -> str:
+        """The sizes ``target`` with ones before them, as many as ``whole`` is longer."""
+        if own is None or spread is None:
+            missing = self.op("Sub", self.op("Shape", whole), self.op("Shape", target))
+            one = numpy_helper.from_array(np.array([1], np.int64))
+            return self.op("Concat", self.op("ConstantOfShape", missing, value=one), target, axis=0)
+        if len(own) == len(spread):
+            return target
+        return self.op("Concat", self.ints(*[1] * (len(spread) - len(own))), target, axis=0)
 
     # --- differentiating
 
