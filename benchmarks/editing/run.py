@@ -105,11 +105,10 @@ def _bits(sources: list[Source], session: Callable[[], tr.Session], label: str) 
 
 def table(results: list[dict[str, Any]]) -> str:
     """Mean over seeds, with the spread of the ratio on / off."""
+    seeds = ", ".join(str(result["seed"]) for result in results)
+    several = f", mean of {len(results)} training seeds ({seeds}); on / off with its range over them"
     lines = [
-        (
-            f"Bits per byte, mean of {len(results)} training seeds "
-            f"({', '.join(str(result['seed']) for result in results)}); on / off with its range over them."
-        ),
+        f"Bits per byte{several if len(results) > 1 else f', training seed {seeds}'}.",
         "",
         "| text | " + " | ".join(COLUMNS) + " | on / off |",
         "|---|" + "---|" * (len(COLUMNS) + 1),
@@ -118,10 +117,11 @@ def table(results: list[dict[str, Any]]) -> str:
         rows = [result["texts"][kind] for result in results]
         means = [statistics.mean(row[column] for row in rows) for column in COLUMNS]
         ratios = [row["on"] / row["off"] for row in rows]
+        spread = f" ({min(ratios):.3f}-{max(ratios):.3f})" if len(rows) > 1 else ""
         lines.append(
             f"| {kind} | "
             + " | ".join("–" if math.isnan(mean) else f"{mean:.3f}" for mean in means)
-            + f" | **{statistics.mean(ratios):.3f}** ({min(ratios):.3f}-{max(ratios):.3f}) |"
+            + f" | **{statistics.mean(ratios):.3f}**{spread} |"
         )
     return "\n".join(lines)
 
