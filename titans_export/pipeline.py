@@ -22,6 +22,7 @@ from titans_converters.onnx.trace import trace
 from titans_converters.onnx.unroll import unroll
 from titans_converters.program import Axes, Program
 from titans_converters.torchscript import write_torchscript
+from titans_converters.twins import GradientTwin, gradient_twin
 from titans_export.exportable import Exportable, load_exportable
 from titans_export.training.checkpoint import round_to_half
 from titans_runtime import bundle as bundles
@@ -93,15 +94,19 @@ def export_bundle(
         graphs = _lowered(traced, scan, lengths, report) | gradients
         files = [*write_models(graphs, work, weights, quantised), *_write_learned_state(model, work)]
         twins = {}
+        wanted: list[Program | GradientTwin] = [
+            *programs,
+            *(gradient_twin(programs[0], name, graph) for name, graph in gradients.items()),
+        ]
         for name in formats:
             report(f"writing {name}")
-            twins[name] = _WRITERS[name](programs, recurrences, work)
+            twins[name] = _WRITERS[name](wanted, recurrences, work)
             files += twins[name].values()
         report("running the reference for the goldens")
         write_atomically(work / bundles.GOLDENS_NAME, save_arrays(model.goldens()))
         files.append(bundles.GOLDENS_NAME)
         specs = {program.name: _graph(program, twins) for program in programs}
-        specs |= {name: _gradient_graph(name, graph) for name, graph in gradients.items()}
+        specs |= {name: _gradient_graph(name, graph, twins) for name, graph in gradients.items()}
         specs["model"] = replace(specs["model"], lengths=lengths)
         manifest = partial(_manifest, model, specs, work, files, editing, weights, scan)
         if quantised is not None:
@@ -264,7 +269,7 @@ def editable_memories(model: Exportable) -> list[str]:
     return [name for name, entry in model.state().items() if entry.role == "memory" and name != "readout"]
 
 
-def _gradient_graph(name: str, model: ir.Model) -> bundles.GraphSpec:
+def _gradient_graph(name: str, model: ir.Model, twins: dict[str, dict[str, str]]) -> bundles.GraphSpec:
     def tensors(values: Iterable[ir.Value]) -> tuple[bundles.TensorSpec, ...]:
         return tuple(
             bundles.TensorSpec(
@@ -275,7 +280,14 @@ def _gradient_graph(name: str, model: ir.Model) -> bundles.GraphSpec:
             for value in values
         )
 
-    return bundles.GraphSpec(f"{name}.onnx", tensors(model.graph.inputs), tensors(model.graph.outputs))
+    return bundles.GraphSpec(
+        f"{name}.onnx", tensors(model.graph.inputs), tensors(model.graph.outputs), _files(name, twins)
+    )
+
+
+def _files(name: str, twins: dict[str, dict[str, str]]) -> dict[str, str]:
+    """A graph's file in every other format."""
+    return {kind: files[name] for kind, files in twins.items()}
 
 
 _ELEMENTS = {ir.DataType.FLOAT: "float32", ir.DataType.INT64: "int64"}
@@ -295,7 +307,7 @@ def _graph(program: Program, twins: dict[str, dict[str, str]]) -> bundles.GraphS
         f"{program.name}.onnx",
         tensors(program.input_axes),
         tensors(program.output_axes),
-        {name: files[program.name] for name, files in twins.items()},
+        _files(program.name, twins),
     )
 
 

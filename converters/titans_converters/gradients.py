@@ -212,7 +212,7 @@ def _layers(writer: Tape, model: ir.Model, memories: Sequence[str]) -> list[_Lay
         own = tuple(memory for memory in memories if f"past.{memory}" in node.input)
         if node.domain != memory_op.DOMAIN or not own:
             continue
-        if node.op_type in _TAUGHT:
+        if node.op_type in TAUGHT:
             taught = _given(node)
         elif node.op_type in model.meta.get(REVEALING, {}):
             taught = _revealed(writer, node, _input_axes(model, f"past.{own[0]}"))
@@ -223,7 +223,7 @@ def _layers(writer: Tape, model: ir.Model, memories: Sequence[str]) -> list[_Lay
     return layers
 
 
-_TAUGHT = {
+TAUGHT = {
     memory_op.NAME: memory_op.INPUTS[:6],
     "PeriodicMemory": ("position", "query", "key", "value", "log_retention", "step", "log_momentum"),
 }
@@ -231,7 +231,7 @@ _TAUGHT = {
 
 
 def _given(node: NodeProto) -> dict[str, Any]:
-    given = dict(zip(_TAUGHT[node.op_type], node.input, strict=False))
+    given = dict(zip(TAUGHT[node.op_type], node.input, strict=False))
     if given.get("log_momentum", "past.").startswith("past."):  # without momentum the state follows
         given.pop("log_momentum", None)
     gates = {name: given[name] for name in ("log_retention", "log_momentum", "step") if name in given}

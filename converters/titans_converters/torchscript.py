@@ -9,10 +9,9 @@ ONNX graph.
 from __future__ import annotations
 
 import io
-import json
 import operator
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +19,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from titans_converters.exported import attributes_of, export, operator_of
+from titans_converters.gradient_module import Gradient
+from titans_converters.onnx.sinkhorn import doubly_stochastic
 from titans_converters.program import Program, RecurrenceProgram
+from titans_converters.recurrence import Places
+from titans_converters.twins import GradientTwin, description, revealing
 from titans_runtime.files import write_atomically
 from titans_runtime.quiet import quiet
 
@@ -41,7 +44,7 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that an archive can name
 
 
 def write_torchscript(
-    programs: Sequence[Program], recurrences: Sequence[RecurrenceProgram], folder: Path
+    programs: Sequence[Program | GradientTwin], recurrences: Sequence[RecurrenceProgram], folder: Path
 ) -> dict[str, str]:
     """Write ``torchscript/<name>.pt`` for every program.
 
@@ -61,18 +64,21 @@ def write_torchscript(
     return files
 
 
-def archive(program: Program, recurrences: Sequence[RecurrenceProgram] = ()) -> bytes:
+def archive(program: Program | GradientTwin, recurrences: Sequence[RecurrenceProgram] = ()) -> bytes:
     """The program as the content of a file that ``torch.jit.load`` takes."""
     buffer = io.BytesIO()
     with quiet():
-        torch.jit.save(
-            convert(program, recurrences), buffer, _extra_files={GRAPH_FILE: _description(program)}
-        )
+        torch.jit.save(convert(program, recurrences), buffer, _extra_files={GRAPH_FILE: description(program)})
     return _without_sources(buffer.getvalue(), program.name)
 
 
-def convert(program: Program, recurrences: Sequence[RecurrenceProgram] = ()) -> torch.jit.ScriptModule:
+def convert(
+    program: Program | GradientTwin, recurrences: Sequence[RecurrenceProgram] = ()
+) -> torch.jit.ScriptModule:
     """The program as a script module whose ``forward`` takes and gives tensors in the program's order.
+
+    The gradient of a model is taken by the script itself, which runs the model and then autograd: not in
+    inference mode, in which PyTorch keeps nothing that gradients need.
 
     Args:
         program: what to convert.
@@ -82,22 +88,42 @@ def convert(program: Program, recurrences: Sequence[RecurrenceProgram] = ()) -> 
         ValueError: a free axis was fixed by the module's code, or a node of ours has no recurrence.
     """
     with quiet(), torch.no_grad():
-        script: torch.jit.ScriptModule = torch.jit.script(_as_script(program, recurrences).eval())
+        if isinstance(program, GradientTwin):
+            module = _gradient_script(program, recurrences)
+        else:
+            module = _as_script(program, recurrences)
+        script: torch.jit.ScriptModule = torch.jit.script(module.eval())
     return script
 
 
+def _gradient_script(twin: GradientTwin, recurrences: Sequence[RecurrenceProgram]) -> fx.GraphModule:
+    """A graph with the twin's inputs and outputs, around a module that takes and gives lists."""
+    traced, layers = revealing(twin.model, twin.memories, {one.name: one for one in recurrences})
+    model = _as_script(twin.model, recurrences, listed=True, revealing=traced)
+    root, graph = nn.Module(), fx.Graph()
+    root.add_module("gradient", Gradient(twin, model, layers))
+    inputs = list(_placeholders(twin.inputs, graph, listed=False))
+    results = graph.create_node("call_module", "gradient", (inputs,))
+    graph.output(tuple(graph.call_function(operator.getitem, (results, i)) for i in range(len(twin.outputs))))
+    return fx.GraphModule(root, graph, class_name=twin.name.replace(".", "_"))
+
+
 def _as_script(
-    program: Program, recurrences: Sequence[RecurrenceProgram] = (), listed: bool = False
+    program: Program,
+    recurrences: Sequence[RecurrenceProgram] = (),
+    listed: bool = False,
+    revealing: fx.GraphModule | None = None,
 ) -> fx.GraphModule:
     """The traced graph in words that TorchScript knows.
 
-    ``listed``: tensors come and go as one list, for parts of a recurrence.
+    ``listed``: tensors come and go as one list, for parts of a recurrence. ``revealing``: the traced graph,
+    where its recurrences reveal what memories are taught.
     """
-    traced = export(program).module()
+    traced = revealing or export(program).module()
     root, graph = nn.Module(), fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     loops = {recurrence.name: recurrence for recurrence in recurrences}
-    given = _placeholders(program, graph, listed)
+    given = _placeholders(program.inputs, graph, listed)
     for node in traced.graph.nodes:
         name = operator_of(node)
         if node.op == "placeholder":
@@ -113,7 +139,7 @@ def _as_script(
             if name not in loops:
                 raise ValueError(f"program {program.name}: no recurrence for the operator {name}")
             if not hasattr(root, name):
-                root.add_module(name, _Loop(loops[name]))
+                root.add_module(name, _Loop(loops[name], revealing is not None))
             values[node] = graph.create_node("call_module", name, ([values[x] for x in node.args[0]],))
         elif node.op == "output":
             results = [values[x] for x in node.args[0]]
@@ -126,11 +152,11 @@ def _as_script(
     return module
 
 
-def _placeholders(program: Program, graph: fx.Graph, listed: bool) -> Any:  # noqa: ANN401 - an iterator of nodes
+def _placeholders(names: Collection[str], graph: fx.Graph, listed: bool) -> Iterator[fx.Node]:
     if not listed:
-        return iter([graph.placeholder(name.replace(".", "_")) for name in program.inputs])
+        return iter([graph.placeholder(name.replace(".", "_")) for name in names])
     inputs = graph.placeholder("inputs", type_expr=list[Tensor])
-    return iter([graph.call_function(operator.getitem, (inputs, i)) for i in range(len(program.inputs))])
+    return iter([graph.call_function(operator.getitem, (inputs, i)) for i in range(len(names))])
 
 
 def _attribute(module: nn.Module, path: str) -> Tensor:
@@ -177,40 +203,18 @@ class _Sinkhorn(nn.Module):
         self.iterations = iterations
 
     def forward(self, logits: Tensor) -> list[Tensor]:
-        kernel = torch.exp(logits - logits.amax(-2, keepdim=True))
-        for _ in range(self.iterations):
-            kernel = kernel / kernel.sum(-2, keepdim=True)
-            kernel = kernel / kernel.sum(-1, keepdim=True)
-        return [kernel]
+        return [doubly_stochastic(logits, self.iterations)]
 
 
-class _Loop(nn.Module):
-    """A recurrence: one token, or a loop over tiles. Names of tensors have become places in lists."""
+class _Loop(Places):
+    """A recurrence: one token, or a loop over tiles."""
 
-    def __init__(self, recurrence: RecurrenceProgram) -> None:
-        super().__init__()
-        inputs, tiles = list(recurrence.one.inputs), list(recurrence.tiles.output_axes)
+    def __init__(self, recurrence: RecurrenceProgram, reveal: bool = False) -> None:
+        super().__init__(recurrence, reveal)
         self.one = _as_script(recurrence.one, listed=True)
         self.tiles = _as_script(recurrence.tiles, listed=True)
         self.step = _as_script(recurrence.step, listed=True)
         self.rows = _as_script(recurrence.rows, listed=True)
-        self.tile = recurrence.tile
-        self.apart = torch.jit.Attribute(list(recurrence.apart), list[int])
-        self.position = inputs.index("position") if recurrence.apart else -1
-        self.live = tiles.index("live")
-        self.counted = inputs.index(recurrence.tokens[0])
-        self.carry = [inputs.index(name) for name in recurrence.carry]
-        self.tile_inputs = [inputs.index(name) for name in recurrence.tiles.inputs]
-        self.step_inputs = [
-            _place(name, tiles, list(recurrence.carry), inputs) for name in recurrence.step.inputs
-        ]
-        results, streamed = list(recurrence.step.output_axes), list(recurrence.rows.output_axes)
-        self.streamed = [results.index(name) for name in streamed]
-        self.carried = [i for i in range(len(results)) if i not in self.streamed]
-        self.put_out = [i for i, name in enumerate(recurrence.one.output_axes) if name != recurrence.revealed]
-        self.row_inputs = [
-            _place(name, [f"tiles.{name}" for name in streamed], inputs) for name in recurrence.rows.inputs
-        ]
 
     def forward(self, inputs: list[Tensor]) -> list[Tensor]:
         if inputs[self.counted].size(2) == 1 and not self.is_apart(inputs):
@@ -228,7 +232,7 @@ class _Loop(nn.Module):
             carry = [results[i] for i in self.carried]
         known = [torch.stack([step[i] for step in steps]) for i in self.streamed] + inputs
         rows: list[Tensor] = self.rows([known[i] for i in self.row_inputs])
-        return rows[:1] + carry  # the read comes first; what is revealed is for gradients alone
+        return rows[:1] + carry + rows[1:] if self.reveal else rows[:1] + carry
 
     def is_apart(self, inputs: list[Tensor]) -> bool:
         """Whether a row's token stands at a place that only a tile takes."""
@@ -236,28 +240,6 @@ class _Loop(nn.Module):
             if bool((inputs[self.position] % self.tile == place).any()):
                 return True
         return False
-
-
-def _place(name: str, *lists: list[str]) -> int:
-    """Where ``name`` first stands in the lists, one after the other."""
-    return [known for names in lists for known in names].index(name)
-
-
-def _description(program: Program) -> str:
-    """Names, dtypes and axes of inputs and outputs in order, as a bundle's manifest gives them."""
-
-    def tensors(axes: Mapping[str, Sequence[int | str]]) -> list[dict[str, Any]]:
-        return [
-            {"name": name, "dtype": str(program.dtype(name)).removeprefix("torch."), "shape": list(shape)}
-            for name, shape in axes.items()
-        ]
-
-    content = {
-        "name": program.name,
-        "inputs": tensors(program.input_axes),
-        "outputs": tensors(program.output_axes),
-    }
-    return json.dumps(content, indent=1)
 
 
 def _without_sources(content: bytes, name: str) -> bytes:

@@ -108,7 +108,7 @@ def test_without_torch_one_line_says_what_to_install(twin_bundle: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 4
     assert done.stderr.count("\n") == 1
-    assert "pip install torch" in done.stderr
+    assert "pip install 'titans-runtime[torch]'" in done.stderr
 
 
 def assert_close(found: np.ndarray, expected: np.ndarray) -> None:

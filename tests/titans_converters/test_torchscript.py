@@ -10,6 +10,7 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,10 @@ from titans_converters.torchscript import GRAPH_FILE, archive
 from titans_export.config import PRESETS
 from titans_export.exportable import OwnModel
 from titans_export.model import TitansModel
+from titans_runtime.backends import Array, Graph
+from titans_runtime.backends.choose import open_backend
+from titans_runtime.bundle import open_bundle
+from titans_runtime.manifest import GraphSpec
 
 # One of each operator; that every member of the family is exported and verified is a suite of its own.
 MEMBERS = [("lmm", "matrix"), ("mac", "MLP of depth 2, period 4")]
@@ -128,12 +133,48 @@ def test_a_process_without_the_project_replays_the_goldens(twin_bundle: Path, tm
     assert done.returncode == 0, done.stderr
     written = json.loads((twin_bundle / "titans.json").read_text(encoding="utf-8"))["graphs"]
     names = [name for name, graph in written.items() if "formats" in graph]
-    assert names == ["model", "gradient.readout"]
+    assert names == ["model", "gradient.readout", "gradient.prediction", "gradient.association"]
     goldens = sum(
         any(f".{name}." in golden for name in names) and ".output." in golden
         for golden in _golden_names(twin_bundle)
     )
     assert int(done.stdout) == goldens > 0
+
+
+def test_gradients_are_those_of_the_onnx_graphs(twin_bundle: Path) -> None:
+    """As they are run, frozen: at random states and inputs, any number of tokens, targets unknown in part."""
+    bundle = open_bundle(twin_bundle)
+    backends = [open_backend(name, bundle, threads=1) for name in ("onnxruntime", "torchscript")]
+    draw = np.random.default_rng(0)
+    for name in ("gradient.prediction", "gradient.association"):
+        spec = backends[0].manifest.graphs[name]
+        for batch, tokens in ((1, 1), (1, 2), (2, 9), (3, 70)):
+            axes = {"batch": batch, "tokens": tokens}
+            given = {}
+            for tensor in spec.inputs:
+                shape = [axes.get(str(axis), axis) for axis in tensor.shape]
+                given[tensor.name] = (
+                    draw.integers(-1 if tensor.name == "target_ids" else 0, 256, shape)
+                    if tensor.dtype == "int64"
+                    else (0.3 * draw.random(shape)).astype(np.float32)
+                )
+            before = {key: value.copy() for key, value in given.items()}
+            expected, found = (_outputs(backend.graph(name), spec, given, axes) for backend in backends)
+            for key, array in expected.items():
+                scale = max(float(np.abs(array).max()), 1e-3)
+                assert float(np.abs(found[key] - array).max()) <= 1e-5 * scale, (name, batch, tokens, key)
+            assert all(np.array_equal(given[key], before[key]) for key in given)
+
+
+def _outputs(
+    graph: Graph, spec: GraphSpec, given: dict[str, Array], axes: dict[str, int]
+) -> dict[str, Array]:
+    outputs = {
+        tensor.name: np.zeros([axes.get(str(axis), axis) for axis in tensor.shape], np.float32)
+        for tensor in spec.outputs
+    }
+    graph.bind(given, outputs).run()
+    return outputs
 
 
 def _golden_names(bundle: Path) -> list[str]:

@@ -36,6 +36,15 @@ def sinkhorn_node(logits: Tensor, iterations: int) -> Tensor:
     return outputs[0]
 
 
+def doubly_stochastic(logits: Tensor, iterations: int) -> Tensor:
+    """What the node stands for, for targets whose functions are not ONNX's."""
+    kernel = torch.exp(logits - logits.amax(-2, keepdim=True))
+    for _ in range(iterations):
+        kernel = kernel / kernel.sum(-2, keepdim=True)
+        kernel = kernel / kernel.sum(-1, keepdim=True)
+    return kernel
+
+
 def sinkhorn_function(size: int, iterations: int) -> onnx.FunctionProto:
     """The body, for matrices ``(size, size)``."""
     count = size * size

@@ -1,11 +1,11 @@
-"""Graphs in TorchScript. Torch is imported when a bundle is opened with this backend, never before."""
+"""Graphs in PyTorch's formats. Torch is imported when a bundle is opened with such a backend, not before."""
 
 from __future__ import annotations
 
 import io
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -13,20 +13,20 @@ from titans_runtime.backends import ON_HOST, Array, Call, Graph, Residence
 from titans_runtime.backends.lengths import open_lengths
 from titans_runtime.backends.placement import Placement
 from titans_runtime.bundle import Bundle
-from titans_runtime.errors import BundleError, EnvironmentProblem
+from titans_runtime.errors import BundleError
 from titans_runtime.manifest import GraphSpec, Manifest
+from titans_runtime.optional import optional_import
 from titans_runtime.quiet import quiet
 
 Function = Callable[..., Sequence[Any]]
 """Tensors in the order of a graph's inputs → tensors in the order of its outputs."""
 
 
-FORMAT: Final = "torchscript"
-"""Of the files, as the manifest names it; also the backend's name."""
-
-
 class TorchScriptBackend:
     """Runs a bundle's ``torchscript/*.pt`` on the CPU."""
+
+    format: ClassVar = "torchscript"
+    """Of the files, as the manifest names it; also the backend's name."""
 
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
         """Import torch, load the graph ``model``.
@@ -39,7 +39,7 @@ class TorchScriptBackend:
             EnvironmentProblem: PyTorch is missing.
             BundleError: the bundle was exported without this format, or a file was altered.
         """
-        self._torch = _import_torch()
+        self._torch = optional_import("torch", "torch")
         self._bundle = bundle
         if threads is not None:
             self._torch.set_num_threads(threads)
@@ -75,23 +75,26 @@ class TorchScriptBackend:
 
     def _open(self, name: str) -> Graph:
         spec = self.manifest.graphs.get(name)
-        if spec is None or FORMAT not in spec.formats:
+        if spec is None or self.format not in spec.formats:
             raise BundleError(
-                f"{self._bundle.folder}: no graph {name!r} for {FORMAT}; export it with --format {FORMAT}"
+                f"{self._bundle.folder}: no graph {name!r} for {self.format}; "
+                f"export it with --format {self.format}"
             )
-        return open_lengths(spec, self._read, FORMAT)
+        return open_lengths(spec, self._read, self.format)
 
     def _read(self, file: str, spec: GraphSpec) -> Graph:
         content = self._bundle.read(file)
         try:
             with quiet():  # TorchScript's deprecation is said once, in the documentation
-                function = self._load(content)
+                function = self._load(content, spec)
         except Exception as error:  # noqa: BLE001 - torch raises whatever its readers do
             reason = " ".join(str(error).split())[:300]
             raise BundleError(f"{self._bundle.folder / file}: cannot be loaded ({reason})") from None
         return TorchGraph(self._torch, function, spec)
 
-    def _load(self, content: bytes) -> Function:
+    def _load(self, content: bytes, spec: GraphSpec) -> Function:
+        """The function in a file's content."""
+        del spec
         module = self._torch.jit.load(io.BytesIO(content), map_location="cpu")
         frozen: Function = self._torch.jit.freeze(module.eval())
         return frozen
@@ -132,20 +135,10 @@ class TorchCall:
     def run(self) -> None:
         """Run the graph on the bound buffers."""
         try:
-            with self._torch.inference_mode():
+            with self._torch.no_grad():  # inference mode keeps nothing that the gradient graphs need
                 results = self._function(*self._inputs)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[-300:]
             raise BundleError(f"a graph does not fit what it is given; export again ({reason})") from None
         for place, array in self._outputs:
             np.copyto(array, results[place].numpy())
-
-
-def _import_torch() -> Any:  # noqa: ANN401 - a module
-    try:
-        import torch  # noqa: TID251
-    except ImportError:
-        raise EnvironmentProblem(
-            f"the backend {FORMAT} needs PyTorch, which is not installed; pip install torch"
-        ) from None
-    return torch
