@@ -34,7 +34,6 @@ def association_losses(
     return 0.5 * (error * error).sum((1, 2, 3))
 
 
-@torch.jit.script
 class _Recording:
     """What ``torch.enable_grad`` is in Python: TorchScript knows only its opposite."""
 
