@@ -108,13 +108,12 @@ class Gradient(nn.Module):
                     for start, deep, places in self.lessons
                 ]
             gradients = self.gradients(torch.stack(losses).sum(), leaves)
-        losses = [loss.detach() for loss in losses]
-        gathered = [torch.stack(losses).sum(0)]
-        if not self.through:
-            gathered += losses
-        for index, logarithmic in self.gates:
-            gate = results[index].detach()
-            gathered.append(gate.exp() if logarithmic else gate)
+        with torch.no_grad():  # and copies, for the same reason
+            gathered = [torch.stack(losses).sum(0)]
+            if not self.through:
+                gathered += [loss.clone() for loss in losses]
+            for index, logarithmic in self.gates:
+                gathered.append(results[index].exp() if logarithmic else results[index].clone())
         gathered += gradients
         return [gathered[i] for i in self.order]
 
