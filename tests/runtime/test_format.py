@@ -70,6 +70,8 @@ def test_a_saved_memory_fits_its_schema(session: tr.Session, tmp_path: Path) -> 
 _BEYOND_A_SCHEMA = (  # what fields must be to each other
     "has no 'model'", "is not among the files", "has shape", "the other fields ask for", "the same name",
     "do not follow", "bytes a session", "is beyond", "at most 65536", "vocab_size is 0", "cannot have",
+    "is none of the model's", "is the gradient of no state", "has an axis of unknown size",
+    "has other inputs or outputs",
 )  # fmt: skip
 
 

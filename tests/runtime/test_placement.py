@@ -18,7 +18,7 @@ CUDA = "CUDAExecutionProvider"
 def test_every_loaded_graph_says_who_runs_its_nodes(model: tr.Model) -> None:
     model.backend.graph("gradient.readout")
     found = model.backend.placements
-    assert found.keys() == {"model", "gradient.readout"}
+    assert found.keys() >= {"model", "gradient.readout"}
     assert found["model"].keys() == {CPU}
     assert found["model"][CPU]["MatMul"] > 0
 

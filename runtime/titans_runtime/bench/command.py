@@ -99,6 +99,7 @@ def _beside(text: str, job: Job, taken: set[str]) -> Contestant:
     label = folder.resolve().name if backend == REFERENCE else f"{backend}, {folder.resolve().name}"
     if label in taken:
         raise UsageError(f"--beside {text}: {label!r} is taken; give its folder another name")
+    open_bundle(folder)  # or nothing is timed: a bundle that is not there is no missing backend
     other = Job(folder, job.checkpoint if backend != REFERENCE else None, job.threads, job.work, job.editor)
     return Contestant(label, find_loader(backend), other)
 
