@@ -34,8 +34,8 @@ def main() -> None:
     args = parser.parse_args()
     measured = {weights: measure(args, weights) for weights in WEIGHTS}
     record = {
-        "command": f"python -m benchmarks.editing.quantised {args.checkpoint} --limit {args.limit} "
-        f"--files {args.files}",
+        "command": f"python -m benchmarks.editing.quantised checkpoints/{args.checkpoint.resolve().name} "
+        f"--limit {args.limit} --files {args.files}",
         "weights": digest(args.checkpoint),
         "machine": platform.machine(),
         "versions": {name: version(name) for name in ("torch", "onnxruntime", "titans-runtime")},

@@ -25,8 +25,8 @@ from titans_runtime.backends import Array
 from titans_runtime.bench.measure import Case, Contestant, Measurement, measure
 from titans_runtime.bench.peers import Job
 from titans_runtime.bench.report import Record, record
+from titans_runtime.forward import SEGMENT
 from titans_runtime.progress import progress_bar
-from titans_runtime.session import SEGMENT
 
 FIRST, LAST = 1_000, 1_000_000
 POSITIONS = (FIRST, 3_000, 10_000, 30_000, 100_000, 200_000, 400_000, 600_000, 800_000, LAST)

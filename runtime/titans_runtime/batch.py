@@ -13,9 +13,9 @@ import numpy as np
 from titans_runtime.backends import ON_HOST, Array, Arrays, Call
 from titans_runtime.buffers import StateBuffers
 from titans_runtime.errors import UsageError
+from titans_runtime.forward import SEGMENT, empty_sequence
 from titans_runtime.readout import Keys
 from titans_runtime.report import EditReport
-from titans_runtime.session import SEGMENT, empty_sequence
 from titans_runtime.tokens import Tokens, checked_input
 
 if TYPE_CHECKING:
@@ -246,7 +246,7 @@ class Batch:
         outputs: Arrays = {model.manifest.scores.name: logits}
         keys: list[Keys] = []
         if with_keys:
-            width, contexts = self._sessions[0]._key_shape
+            width, contexts = self._sessions[0]._forward.key_shape
             dense = np.empty((count, tokens, width), np.float32)
             hashed = np.empty((count, tokens, contexts), np.int64)
             outputs |= {"readout_key": dense, "readout_rows": hashed}

@@ -19,11 +19,12 @@ from titans_runtime.compare import compare
 from titans_runtime.editor import Editor
 from titans_runtime.errors import DataError, UsageError
 from titans_runtime.files import write_atomically
+from titans_runtime.forward import SEGMENT
 from titans_runtime.model import RECOMMENDED, load
 from titans_runtime.page import Page, facts_of
 from titans_runtime.progress import progress_bar
 from titans_runtime.report import EditLog
-from titans_runtime.session import SEGMENT, Session
+from titans_runtime.session import Session
 from titans_runtime.state import describe_snapshot, read_snapshot
 from titans_runtime.verify import verify as verify_bundle
 

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from titans_runtime.backends import Array
-from titans_runtime.session import SEGMENT, Session
+from titans_runtime.forward import SEGMENT
+from titans_runtime.session import Session
 from titans_runtime.tokens import checked_tokens
 
 

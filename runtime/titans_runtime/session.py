@@ -7,16 +7,16 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from titans_runtime.backends import DTYPES, Array, Arrays, Call
+from titans_runtime.backends import Array, Arrays
 from titans_runtime.buffers import StateBuffers
 from titans_runtime.editing import Editing
 from titans_runtime.editor import Editor
 from titans_runtime.errors import NumericsError, StateError, UsageError
-from titans_runtime.manifest import MAX_TOKENS, Manifest
+from titans_runtime.forward import SEGMENT, Forward
 from titans_runtime.readout import Keys
 from titans_runtime.report import EditLog, EditReport
 from titans_runtime.sampling import Sampling
@@ -26,9 +26,6 @@ from titans_runtime.tokens import Tokens, checked_input
 
 if TYPE_CHECKING:
     from titans_runtime.model import Model
-
-SEGMENT: Final = MAX_TOKENS
-"""Tokens that the model takes at once; longer input is cut. Bounds a call's memory, but for its result."""
 
 
 class Session:
@@ -53,14 +50,7 @@ class Session:
         # target is still to come: (next position, arrays).
         self._unfinished: tuple[int, Arrays] | None = None
         self._lock = threading.Lock()
-        outputs = {tensor.name: tensor for tensor in model.manifest.graphs["model"].outputs}
-        keys = [name for name in ("readout_key", "readout_rows") if name in outputs]
-        self._key_shape = [int(outputs[name].shape[-1]) for name in keys] or [0, 0]
-        self._token = empty_sequence(model.manifest, 1, 1)
-        self._token_logits = np.empty((1, 1, model.manifest.width), np.float32)
-        self._token_keys = Keys.empty(1, *self._key_shape)
-        self._segment_keys: Keys | None = None
-        self._token_calls: dict[tuple[int, bool], Call] = {}
+        self._forward = Forward(model.graph, model.manifest, self._buffers, self._edit)
 
     @property
     def edit(self) -> tuple[float, ...]:
@@ -278,7 +268,7 @@ class Session:
 
     def _run_segment(self, ids: Array, logits: Array, teach: bool, report: EditReport) -> None:
         self._arrive(ids[0], teach, report)
-        keys = self._key_buffer(len(ids)) if self._editing.readout else None  # nobody else reads them
+        keys = self._forward.keys(len(ids)) if self._editing.readout else None  # nobody else reads them
         self._run_model(ids, logits, keys)
         self._buffers.swap()
         self._learn(ids, logits, keys, teach, report)
@@ -293,42 +283,12 @@ class Session:
         self.position += len(ids)
 
     def _run_model(self, ids: Array, logits: Array, keys: Keys | None) -> None:
-        """Fill ``logits (T, V)`` and, where asked for, the readout keys."""
-        if len(ids) == 1:
-            self._token[0, 0] = ids[0]
-            self._token_call(keys is not None).run()
-            logits[:] = self._token_logits[0]
-        else:
-            self._bind(ids[None], logits[None], keys).run()
-
-    def _key_buffer(self, tokens: int) -> Keys:
-        if tokens == 1:
-            return self._token_keys
-        if self._segment_keys is None:  # kept: fresh memory for every segment costs time
-            self._segment_keys = Keys.empty(SEGMENT, *self._key_shape)
-        return self._segment_keys.part(slice(tokens))
+        self._forward.run(ids, logits, keys)
 
     def _take_over(self, sets: tuple[Arrays, Arrays], kept: Arrays) -> None:
         """Go on in other arrays; see :meth:`StateBuffers.move`."""
         self._buffers.move(sets, kept)
-        self._token_calls.clear()  # bound to the arrays before
-
-    def _token_call(self, with_keys: bool) -> Call:
-        """The one-token call for the buffers as they stand, bound when first needed."""
-        which = (self._buffers.side, with_keys)
-        if which not in self._token_calls:
-            keys = self._token_keys if with_keys else None
-            self._token_calls[which] = self._bind(self._token, self._token_logits, keys)
-        return self._token_calls[which]
-
-    def _bind(self, ids: Array, logits: Array, keys: Keys | None) -> Call:
-        past, spare = self._buffers.past, self._buffers.spare
-        wanted = {} if keys is None else {"readout_key": keys.dense[None], "readout_rows": keys.rows[None]}
-        sequence, scores = self.model.manifest.sequence.name, self.model.manifest.scores.name
-        return self.model.graph.bind(
-            {sequence: ids, "edit": self._edit, **{f"past.{name}": past[name] for name in past}},
-            {scores: logits, **wanted, **{f"present.{name}": spare[name] for name in spare}},
-        )
+        self._forward.unbind()
 
     def _generate(
         self, count: int, sampling: Sampling, generator: np.random.Generator, learn: bool
@@ -443,10 +403,3 @@ class Session:
         self.last_edit, count = told
         if self.log is not None:
             self.log.rewind(count)
-
-
-def empty_sequence(manifest: Manifest, batch: int, tokens: int) -> Array:
-    """Room for what the model takes: ids ``(batch, tokens)``, or vectors with one axis more."""
-    spec = manifest.sequence
-    width = [axis for axis in spec.shape if isinstance(axis, int)]
-    return np.zeros((batch, tokens, *width), DTYPES[spec.dtype])

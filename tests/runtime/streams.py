@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from titans_runtime import Model, Session, Snapshot
 from titans_runtime.bundle import MANIFEST_NAME, file_entry
 from titans_runtime.editor import Editor
+from titans_runtime.forward import SEGMENT
 from titans_runtime.manifest import FileEntry, Manifest
 from titans_runtime.manifest.document import identity_of as _identity_of
 from titans_runtime.manifest.reading import graph_spec, state_spec
-from titans_runtime.session import SEGMENT
 
 Array = npt.NDArray[Any]
 

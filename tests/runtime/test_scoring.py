@@ -8,8 +8,8 @@ from hypothesis import given
 
 import titans_runtime as tr
 from tests.runtime.streams import Array, streams
+from titans_runtime.forward import SEGMENT
 from titans_runtime.scoring import segment_starts
-from titans_runtime.session import SEGMENT
 
 
 def _bits(logits: Array, targets: bytes) -> Array:

@@ -17,7 +17,7 @@ from tests.runtime.streams import (
     streams,
 )
 from titans_runtime.editor import Editor
-from titans_runtime.session import SEGMENT
+from titans_runtime.forward import SEGMENT
 
 WORST_CASE = 1e-4
 """What a search for the worst stream may find. For b"\\x15$" the first read from the memory is all but

@@ -17,8 +17,8 @@ from tests.runtime.streams import (
     continuation,
 )
 from titans_runtime.editor import Editor
+from titans_runtime.forward import SEGMENT
 from titans_runtime.readout import ReadoutEditor
-from titans_runtime.session import SEGMENT
 
 
 def _interrupted(call: int) -> Callable[..., None]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from titans_export.demo.plot import plot_bits
 from titans_runtime.errors import CheckFailed, DataError
-from titans_runtime.session import SEGMENT
+from titans_runtime.forward import SEGMENT
 
 _WORKER = Path(__file__).with_name("worker.py")
 _FILES = 3  # held-out source files that are streamed

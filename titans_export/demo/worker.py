@@ -40,8 +40,8 @@ def _stream(job: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
 
     import titans_runtime as tr
+    from titans_runtime.forward import SEGMENT
     from titans_runtime.progress import progress_bar
-    from titans_runtime.session import SEGMENT
 
     model = tr.load(job["bundle"], threads=job["threads"])
     scores: dict[str, dict[str, float]] = {}

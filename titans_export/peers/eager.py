@@ -13,7 +13,7 @@ from titans_export.model import Rules, State, TitansModel
 from titans_export.training.checkpoint import load_checkpoint
 from titans_runtime.backends import Array
 from titans_runtime.bench.peers import Job
-from titans_runtime.session import SEGMENT
+from titans_runtime.forward import SEGMENT
 
 Step = Callable[[Tensor, Tensor, State], tuple[Tensor, State]]
 """Tokens ``(B, T)``, edit strength ``(B, layers)`` and past state → logits and present state."""

@@ -21,8 +21,8 @@ from titans_export.peers.flat import FlatModel, Tensors
 from titans_export.recurrence import Core
 from titans_runtime.backends import Array, Arrays
 from titans_runtime.bench.peers import Job
+from titans_runtime.forward import SEGMENT
 from titans_runtime.quiet import quiet
-from titans_runtime.session import SEGMENT
 
 _BATCH = 1  # PyTorch's scan does not export with a free one
 _TOKENS = 37  # unlike any fixed size

@@ -19,8 +19,8 @@ from titans_export.training.checkpoint import TENSORS_FILE, read_tensors
 from titans_runtime.backends import DTYPES, Array, Arrays
 from titans_runtime.bench.peers import Job
 from titans_runtime.bundle import WEIGHTS_NAME, open_bundle
+from titans_runtime.forward import SEGMENT
 from titans_runtime.manifest import Manifest
-from titans_runtime.session import SEGMENT
 
 
 class RooflineRunner:

@@ -19,8 +19,8 @@ from titans_runtime.backends.cuda import Cuda
 from titans_runtime.bundle import WEIGHTS_NAME, Bundle
 from titans_runtime.engines import Engine, Target, find_engine, store_engine
 from titans_runtime.errors import CheckFailed, EnvironmentProblem, UsageError
+from titans_runtime.forward import SEGMENT
 from titans_runtime.optional import optional_import
-from titans_runtime.session import SEGMENT
 
 if TYPE_CHECKING:
     import tensorrt as trt

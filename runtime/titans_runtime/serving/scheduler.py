@@ -20,8 +20,8 @@ import numpy as np
 
 from titans_runtime.backends import Array
 from titans_runtime.errors import EnvironmentProblem, OverloadError, TitansError, UsageError
+from titans_runtime.forward import SEGMENT
 from titans_runtime.serving.request import Deliver, Finished, Piece, Request, Stream
-from titans_runtime.session import SEGMENT
 from titans_runtime.tokens import checked_input
 
 if TYPE_CHECKING:

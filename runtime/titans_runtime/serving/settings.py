@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from titans_runtime.errors import DataError, UsageError
+from titans_runtime.serving.scheduler import SLOTS, WAITING
 from titans_runtime.store.protocol import checked_name
 
+_DIGEST = re.compile("[0-9a-f]{64}")
 ANYONE = "local"
 """Owner of everything where there are no tokens."""
 
@@ -42,8 +45,8 @@ class Settings:
     tokens: str | None = None
     backend: str = "onnxruntime"
     threads: int | None = None
-    slots: int = 16
-    waiting: int = 256
+    slots: int = SLOTS
+    waiting: int = WAITING
     max_body: int = 4 * 2**20
     max_tokens: int = 4096
     max_seconds: float = 600.0
@@ -58,11 +61,12 @@ class Settings:
         Raises:
             UsageError: a value is out of range.
         """
-        for name in ("slots", "waiting", "max_body", "max_tokens", "max_memories"):
+        least = dict.fromkeys(("slots", "waiting", "max_body", "max_tokens", "max_memories"), 1) | {"hot": 0}
+        for name, least_value in least.items():
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise UsageError(f"{option(name)} is {value!r}; it must be an integer, 1 or more")
-        for name in ("hot", "max_seconds", "expire", "drain"):
+            if type(value) is not int or value < least_value:
+                raise UsageError(f"{option(name)} is {value!r}; it must be an integer, {least_value} or more")
+        for name in ("max_seconds", "expire", "drain"):
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 <= value < 1e12:
                 raise UsageError(f"{option(name)} is {value!r}; it must be a number, 0 or more")
@@ -118,7 +122,7 @@ def read_tokens(path: Path) -> dict[str, str]:
         if len(token) < 16:
             raise DataError(f"{where}: the token has {len(token)} characters; 16 is the least")
         key = token.removeprefix("sha256:").lower() if token.startswith("sha256:") else digest_of(token)
-        if len(key) != 64 or key in owners:
+        if not _DIGEST.fullmatch(key) or key in owners:
             raise DataError(f"{where}: the token was given before, or its sha256: is malformed")
         owners[key] = owner
     if not owners:

@@ -7,22 +7,15 @@ import fcntl
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from titans_runtime.errors import EnvironmentProblem
 from titans_runtime.files import make_folder, sync, write_atomically
-from titans_runtime.store.protocol import (
-    Clock,
-    Entry,
-    Stored,
-    check_expected,
-    checked_name,
-    is_live,
-    new_version,
-)
+from titans_runtime.store.protocol import Clock, Entry, Stored, check_expected, checked_name, is_live
+from titans_runtime.store.put import Puts
 from titans_runtime.store.record import HEAD, pack, unpack, unpack_head
 
 _SUFFIX: Final = ".memory"
@@ -30,7 +23,7 @@ _LOCKS: Final = ".locks"
 _SHARDS: Final = 256
 
 
-class FileStore:
+class FileStore(Puts):
     """One file a memory, written beside its place, flushed to the disk, and renamed.
 
     Readers take no lock: they find the old file or the new one. Writers of one memory wait for each other
@@ -62,26 +55,6 @@ class FileStore:
         """See :class:`MemoryStore`."""
         entry = self._read_entry(self._path(name))
         return entry if is_live(entry, self._clock) else None
-
-    def put(
-        self,
-        name: str,
-        content: bytes,
-        *,
-        expected: str | None,
-        about: Mapping[str, Any] | None = None,
-        expires: float | None = None,
-    ) -> Entry:
-        """See :class:`MemoryStore`."""
-        path = self._path(name)
-        entry = Entry(name, new_version(), len(content), expires, dict(about or {}))
-        record = pack(entry, content)
-        make_folder(path.parent)
-        with self._locked(name):
-            found = self.entry(name)
-            check_expected(name, found.version if found else None, expected)
-            write_atomically(path, record)
-        return entry
 
     def delete(self, name: str, expected: str | None = None) -> bool:
         """See :class:`MemoryStore`."""
@@ -115,6 +88,14 @@ class FileStore:
 
     def close(self) -> None:
         """See :class:`MemoryStore`."""
+
+    def _replace(self, entry: Entry, content: bytes, expected: str | None) -> None:
+        path, record = self._path(entry.name), pack(entry, content)
+        make_folder(path.parent)
+        with self._locked(entry.name):
+            found = self.entry(entry.name)
+            check_expected(entry.name, found.version if found else None, expected)
+            write_atomically(path, record)
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{checked_name(name)}{_SUFFIX}"

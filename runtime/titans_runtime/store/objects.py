@@ -28,6 +28,7 @@ from titans_runtime.store.protocol import (
     is_live,
     new_version,
 )
+from titans_runtime.store.put import Puts
 from titans_runtime.store.record import HEAD, pack, unpack, unpack_head
 
 _SUFFIX: Final = ".memory"
@@ -48,7 +49,7 @@ class _Current:
         return self.entry.version.startswith(_TOMBSTONE)
 
 
-class ObjectStore:
+class ObjectStore(Puts):
     """Memories below one URL of fsspec."""
 
     def __init__(self, url: str, clock: Clock = time.time, options: Mapping[str, Any] | None = None) -> None:
@@ -93,20 +94,6 @@ class ObjectStore:
         current = self._current(self._folder(name))
         found = self._live(current, b"") if current else None
         return found.entry if found else None
-
-    def put(
-        self,
-        name: str,
-        content: bytes,
-        *,
-        expected: str | None,
-        about: Mapping[str, Any] | None = None,
-        expires: float | None = None,
-    ) -> Entry:
-        """See :class:`MemoryStore`."""
-        entry = Entry(checked_name(name), new_version(), len(content), expires, dict(about or {}))
-        self._replace(entry, content, expected)
-        return entry
 
     def delete(self, name: str, expected: str | None = None) -> bool:
         """See :class:`MemoryStore`."""

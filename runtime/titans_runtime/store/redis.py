@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Final
 
 from titans_runtime.errors import ConflictError, EnvironmentProblem
 from titans_runtime.optional import optional_import
-from titans_runtime.store.protocol import Entry, Stored, check_expected, checked_name, new_version
+from titans_runtime.store.protocol import Entry, Stored, check_expected, checked_name
+from titans_runtime.store.put import Puts
 from titans_runtime.store.record import entry_of, header_of
 
 _PREFIX: Final = "titans:memory:"
 
 
-class RedisStore:
+class RedisStore(Puts):
     """Memories in one Redis database.
 
     What a put promises is what the server promises: with ``appendfsync always`` it survives a loss of power,
@@ -50,27 +51,6 @@ class RedisStore:
             header = self._client.hget(self._key(name), "header")
         return None if header is None else entry_of(header, name)
 
-    def put(
-        self,
-        name: str,
-        content: bytes,
-        *,
-        expected: str | None,
-        about: Mapping[str, Any] | None = None,
-        expires: float | None = None,
-    ) -> Entry:
-        """See :class:`MemoryStore`."""
-        key = self._key(name)
-        entry = Entry(name, new_version(), len(content), expires, dict(about or {}))
-        header = header_of(entry)
-        with self._watched(name, expected) as pipe:
-            pipe.hset(key, mapping={"header": header, "content": content})
-            if expires is None:
-                pipe.persist(key)
-            else:
-                pipe.pexpireat(key, int(1000 * expires))
-        return entry
-
     def delete(self, name: str, expected: str | None = None) -> bool:
         """See :class:`MemoryStore`."""
         key = self._key(name)
@@ -97,6 +77,15 @@ class RedisStore:
     def close(self) -> None:
         """See :class:`MemoryStore`."""
         self._client.close()
+
+    def _replace(self, entry: Entry, content: bytes, expected: str | None) -> None:
+        key, header = self._key(entry.name), header_of(entry)
+        with self._watched(entry.name, expected) as pipe:
+            pipe.hset(key, mapping={"header": header, "content": content})
+            if entry.expires is None:
+                pipe.persist(key)
+            else:
+                pipe.pexpireat(key, int(1000 * entry.expires))
 
     @contextlib.contextmanager
     def _watched(self, name: str, expected: str | None) -> Iterator[Any]:
