@@ -86,15 +86,14 @@ class TorchScriptBackend:
         content = self._bundle.read(file)
         try:
             with quiet():  # TorchScript's deprecation is said once, in the documentation
-                function = self._load(content, spec)
+                function = self._load(content)
         except Exception as error:  # noqa: BLE001 - torch raises whatever its readers do
             reason = " ".join(str(error).split())[:300]
             raise BundleError(f"{self._bundle.folder / file}: cannot be loaded ({reason})") from None
         return TorchGraph(self._torch, function, spec)
 
-    def _load(self, content: bytes, spec: GraphSpec) -> Function:
+    def _load(self, content: bytes) -> Function:
         """The function in a file's content."""
-        del spec
         module = self._torch.jit.load(io.BytesIO(content), map_location="cpu")
         frozen: Function = self._torch.jit.freeze(module.eval())
         return frozen
