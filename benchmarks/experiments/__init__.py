@@ -1,0 +1,1 @@
+"""Does editing at test time generalise better? The source's tasks, every contestant at the same size."""

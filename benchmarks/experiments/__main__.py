@@ -1,0 +1,134 @@
+"""One task, one command: train every contestant, ask all of them, write a table and a plot.
+
+    .venv/bin/python -m benchmarks.experiments mqar
+
+Trainings are kept in out/experiments and go on where they were stopped; what has results is not done
+again. Results go to benchmarks/results/experiments/TASK.json, .md and .png; ``--table`` only writes the
+table and the plot of what is finished, and says what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.experiments import report
+from benchmarks.experiments.contestants import CONTESTANTS
+from benchmarks.experiments.contestants.network import parameters
+from benchmarks.experiments.evaluate import evaluated
+from benchmarks.experiments.tasks import EXPERIMENTS
+from benchmarks.experiments.tasks.task import Task
+from benchmarks.experiments.train import CHECKPOINT, Recipe, Training
+from titans_runtime.errors import TitansError, UsageError
+from titans_runtime.files import write_atomically
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "experiments"
+WORK = ROOT / "out" / "experiments"
+
+
+def main() -> int:
+    """Run what is asked for; a user's mistake is one line and an exit code."""
+    args = _parser().parse_args()
+    try:
+        run(args)
+    except TitansError as error:
+        print(f"experiments: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("experiments: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.experiments",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("task", choices=list(EXPERIMENTS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--contestants", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
+    parser.add_argument(
+        "--steps", type=int, default=None, help="of training; default is the task's own number"
+    )
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--table", action="store_true", help="only write what was measured")
+    parser.add_argument("--out", type=Path, default=WORK, help="folder of the trainings")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train and ask what has no results yet, then write the table and the plot."""
+    for name in ("steps", "threads"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UsageError(f"--{name} {getattr(args, name)}: must be 1 or more")
+    torch.set_num_threads(args.threads)
+    tasks = EXPERIMENTS[args.task]
+    steps = {task.name: args.steps or task.steps for task in tasks}
+    path = args.results / f"{args.task}.json"
+    rows: report.Rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    if not args.table:
+        args.results.mkdir(parents=True, exist_ok=True)
+        for seed in args.seeds:  # a whole table with one seed comes first
+            for task in tasks:
+                for contestant in args.contestants:
+                    wanted = {
+                        "task": task.name,
+                        "contestant": contestant,
+                        "seed": seed,
+                        "steps": steps[task.name],
+                    }
+                    if any(all(row[name] == value for name, value in wanted.items()) for row in rows):
+                        continue
+                    rows += measured(task, contestant, seed, steps[task.name], args.out)
+                    write_atomically(path, (json.dumps(rows, indent=1) + "\n").encode())
+    if not rows:
+        raise UsageError(f"{path}: no results yet; run without --table")
+    command = f"python -m benchmarks.experiments {args.task}"
+    text = report.table(args.task, tasks, rows, args.seeds, steps)
+    content = f"`{command}`\n\n![{args.task}]({args.task}.png)\n\n{text}\n"
+    chosen = report.settings(rows)
+    if chosen:
+        content += "\nChosen on development examples:\n\n" + "\n".join(f"* {line}" for line in chosen) + "\n"
+    write_atomically(path.with_suffix(".md"), content.encode())
+    write_atomically(path.with_suffix(".png"), report.plot(command, tasks, rows))
+    print(content)
+
+
+def measured(task: Task, contestant: str, seed: int, steps: int, work: Path) -> list[dict[str, Any]]:
+    """Train one contestant and ask it, every way that it can be run: a row each."""
+    folder = work / task.name / f"{contestant}-{seed}"
+    began = time.perf_counter()
+    training = Training(task, contestant, seed, Recipe(steps))
+    network = training.run(folder)
+    trained = time.perf_counter()
+    ways = evaluated(task, contestant, network, folder / CHECKPOINT, folder / "bundle")
+    subject = {
+        "task": task.name,
+        "contestant": contestant,
+        "seed": seed,
+        "steps": steps,
+        "parameters": parameters(training.network),
+        "loss": round(training.loss, 5),
+    }
+    for row in ways:
+        first = next(iter(row["scores"].values()))
+        print(f"{task.name}, {contestant}, seed {seed}, {row['way']}: {first}", file=sys.stderr, flush=True)
+    print(
+        f"  {trained - began:.0f} s of training, {time.perf_counter() - trained:.0f} of questions",
+        file=sys.stderr,
+    )
+    return [subject | row for row in ways]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

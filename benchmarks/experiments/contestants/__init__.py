@@ -1,0 +1,77 @@
+"""Who takes part: two layers each, within a few percent of one number of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from benchmarks.experiments.contestants.lstm import LSTM
+from benchmarks.experiments.contestants.mamba import Selective
+from benchmarks.experiments.contestants.network import Network, Residual
+from benchmarks.experiments.contestants.s4d import DiagonalStateSpace
+from benchmarks.experiments.contestants.titans import Titans
+from benchmarks.experiments.contestants.transformer import Attention
+from titans_export.config import ModelConfig
+
+WIDTH = 64
+_LAYERS = 2
+_TITANS: dict[str, Any] = {
+    "d_model": WIDTH,
+    "layers": _LAYERS,
+    "heads": 2,
+    "head_dim": 32,
+    "readout_contexts": (1, 2, 4),
+    "readout_buckets": 256,
+}
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way to build and train.
+
+    Attributes:
+        label: in tables.
+        build: from the vocabulary's size.
+        edited: whether it is run with editing at test time although it was trained without.
+    """
+
+    label: str
+    build: Callable[[int], Network]
+    edited: bool = False
+
+
+def _transformer(vocab_size: int) -> Network:
+    return Residual(vocab_size, WIDTH, [Attention(WIDTH, 2) for _ in range(_LAYERS)], d_ff=256)
+
+
+def _s4d(vocab_size: int) -> Network:
+    return Residual(vocab_size, WIDTH, [DiagonalStateSpace(WIDTH, 64) for _ in range(_LAYERS)], d_ff=256)
+
+
+def _mamba(vocab_size: int) -> Network:
+    width = 80  # the block has no feed-forward layer beside it, and is that much wider for it
+    return Residual(vocab_size, width, [Selective(width) for _ in range(_LAYERS)], d_ff=0)
+
+
+def _lstm(vocab_size: int) -> Network:
+    return LSTM(vocab_size, 78)
+
+
+def _titans(vocab_size: int, edit: float, **settings: Any) -> Network:  # noqa: ANN401 - of a config
+    return Titans(ModelConfig(vocab_size=vocab_size, **(_TITANS | settings)), edit)
+
+
+_SSM = {"d_ff": 216, "momentum": False}
+CONTESTANTS: dict[str, Contestant] = {
+    "transformer": Contestant("Transformer, rotary", _transformer),
+    "s4d": Contestant("S4D", _s4d),
+    "mamba": Contestant("Mamba", _mamba),
+    "lstm": Contestant("LSTM", _lstm),
+    "titans-ssm": Contestant("Titans LMM, trained λ = 0", partial(_titans, edit=0.0, **_SSM), edited=True),
+    "titans-lmm": Contestant("Titans LMM, trained λ = 1", partial(_titans, edit=1.0, **_SSM)),
+    "titans-mac": Contestant(
+        "Titans MAC, trained λ = 1", partial(_titans, edit=1.0, architecture="mac", d_ff=64, momentum=False)
+    ),
+}

@@ -1,0 +1,61 @@
+"""What every contestant is: an embedding, something in between, a head; features apart from logits."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from titans_export.layers import FeedForward, RMSNorm
+
+
+class Network(nn.Module, ABC):
+    """A causal model of token sequences. ``head(features(tokens))`` are its logits.
+
+    The head, the widest product, is applied where an answer is asked for only.
+    """
+
+    head: nn.Linear
+
+    @abstractmethod
+    def features(self, tokens: Tensor) -> Tensor:
+        """``(B, T)`` int64 → ``(B, T, width)``."""
+
+
+class Mixer(nn.Module, ABC):
+    """What moves information from token to token: ``(B, T, width) → (B, T, width)``, causal."""
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """Without norm and residual, which the network adds."""
+
+
+class Residual(Network):
+    """Pre-norm residual layers: a mixer each, and a feed-forward layer where one is wanted."""
+
+    def __init__(self, vocab_size: int, width: int, mixers: list[Mixer], d_ff: int) -> None:
+        """``d_ff``: inner width of the feed-forward layers; 0 for none."""
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, width)
+        self.mixers = nn.ModuleList(mixers)
+        self.mixer_norms = nn.ModuleList(RMSNorm(width) for _ in mixers)
+        self.feed_forwards = nn.ModuleList(FeedForward(width, d_ff) for _ in mixers if d_ff)
+        self.feed_forward_norms = nn.ModuleList(RMSNorm(width) for _ in mixers if d_ff)
+        self.norm = RMSNorm(width)
+        self.head = nn.Linear(width, vocab_size, bias=False)
+        nn.init.normal_(self.head.weight, std=0.02)
+
+    def features(self, tokens: Tensor) -> Tensor:
+        """See :meth:`Network.features`."""
+        x = self.embedding(tokens)
+        for layer, mixer in enumerate(self.mixers):
+            x = x + mixer(self.mixer_norms[layer](x))
+            if self.feed_forwards:
+                x = x + self.feed_forwards[layer](self.feed_forward_norms[layer](x))
+        normalised: Tensor = self.norm(x)
+        return normalised
+
+
+def parameters(network: nn.Module) -> int:
+    """How many numbers are trained."""
+    return sum(parameter.numel() for parameter in network.parameters())

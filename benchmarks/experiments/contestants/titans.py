@@ -1,0 +1,54 @@
+"""The product's own models, unchanged, behind the contestants' face."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.experiments.contestants.network import Network
+from titans_export.config import ModelConfig
+from titans_export.model import TitansModel
+
+_SEGMENT = 1024
+"""Tokens of a stream that are taken at once, without gradients."""
+
+
+class Titans(Network):
+    """A Titans model with a strength of editing: what it is trained with, until it is set anew."""
+
+    def __init__(self, config: ModelConfig, edit: float) -> None:
+        """``edit``: ``λ`` of every layer."""
+        super().__init__()
+        self.model = TitansModel(config)
+        self.model.readout_key.requires_grad_(False)
+        self.edit: tuple[float, ...] = (edit,) * config.layers
+
+    @property
+    def head(self) -> nn.Linear:  # type: ignore[override]
+        """The model's."""
+        return self.model.head
+
+    def features(self, tokens: Tensor) -> Tensor:
+        """See :class:`Network`; a long stream goes segment by segment, its state carried."""
+        edit = torch.tensor([self.edit]).expand(len(tokens), -1)
+        names = ("context", "readout")  # of the readout memory, which is edited in the runtime only
+        state = {name: x for name, x in self.model.initial_state(len(tokens)).items() if name not in names}
+        length = tokens.shape[1] if torch.is_grad_enabled() else _SEGMENT
+        parts = []
+        for part in tokens.split(length, dim=1):
+            features, present = self.model.features(part, edit, state)
+            parts.append(features)
+            state |= present
+        return torch.cat(parts, dim=1)
+
+
+def strengths(layers: int, values: Sequence[float]) -> list[tuple[float, ...]]:
+    """``λ`` for all layers, and for each layer by itself."""
+    single = [
+        tuple(value if layer == own else 0.0 for layer in range(layers))
+        for own in range(layers)
+        for value in values
+    ]
+    return [(value,) * layers for value in values] + single

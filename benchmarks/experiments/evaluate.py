@@ -1,0 +1,195 @@
+"""Answers of a trained contestant: in PyTorch, and of Titans through its exported bundle, too."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import titans_runtime as tr
+from benchmarks.experiments.contestants import CONTESTANTS
+from benchmarks.experiments.contestants.network import Network
+from benchmarks.experiments.contestants.titans import Titans, strengths
+from benchmarks.experiments.tasks.task import IGNORED, Batch, Ids, Task, Test, examples
+from titans_export.peers.autograd import AutogradRunner
+from titans_export.pipeline import export_bundle
+from titans_runtime.progress import progress_bar
+
+_TOKENS = 32_768
+"""Of a call in PyTorch, over all rows."""
+_STRENGTHS = (0.1, 0.3, 1.0)
+_STEPS = {"readout": (1.0, 3.0, 10.0, 30.0), "prediction": (0.1, 1.0)}
+_CHUNK = {"readout": 4, "prediction": 16}
+_LONGEST = {"prediction": 200}
+"""Tokens of the longest examples that are edited so; an example of 16,384 would take minutes."""
+_DEVELOPMENT = 10_000
+"""Numbers of development tests begin here."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a Titans model is run.
+
+    Attributes:
+        name: ``as trained``, ``fused``, ``readout`` or ``prediction``.
+        edit: ``λ`` of every layer.
+        editor: of the open way.
+    """
+
+    name: str
+    edit: tuple[float, ...]
+    editor: tr.Editor | None = None
+
+    @property
+    def setting(self) -> str:
+        """In words."""
+        fused = "λ = " + " and ".join(f"{value:g}" for value in dict.fromkeys(self.edit))
+        if len(set(self.edit)) > 1:
+            fused = f"λ = ({', '.join(f'{value:g}' for value in self.edit)})"
+        if self.editor is None:
+            return fused
+        return f"{fused}, {self.editor.objective}:step={self.editor.step:g},chunk={self.editor.chunk}"
+
+    def takes(self, batch: Batch) -> bool:
+        """Whether examples of this length are run so."""
+        longest = _LONGEST.get(self.editor.objective) if self.editor else None
+        return longest is None or batch.tokens.shape[1] <= longest
+
+
+def evaluated(
+    task: Task, contestant: str, network: Network, checkpoint: Path, bundle: Path
+) -> list[dict[str, Any]]:
+    """Scores of every way to run ``network``, ``{"way", "setting", "scores"}``.
+
+    Args:
+        task: its tests are asked; its development examples choose how to edit.
+        contestant: says which ways there are.
+        network: trained.
+        checkpoint: of Titans, to export.
+        bundle: where the export goes.
+    """
+    tests = [(test, examples(test, number)) for number, test in enumerate(task.tests)]
+    if not isinstance(network, Titans):
+        scores = {key(test): scored(batch, answers(network, batch)) for test, batch in tests}
+        return [{"way": "as trained", "setting": "", "scores": scores}]
+    ways = [Way("as trained", network.edit)]
+    if CONTESTANTS[contestant].edited:
+        ways += chosen_ways(task, network)
+    export_bundle(checkpoint, bundle)
+    model = tr.load(bundle, threads=torch.get_num_threads())
+    rows = []
+    for way in ways:
+        scores = {}
+        for test, batch in progress_bar(
+            [one for one in tests if way.takes(one[1])], f"{contestant}, {way.name}"
+        ):
+            own, theirs = titans_answers(network, way, batch), runtime_answers(model, way, batch)
+            scores[key(test)] = scored(batch, own) | {"agree": int((own == theirs).all(axis=1).sum())}
+        rows.append({"way": way.name, "setting": way.setting, "scores": scores})
+    return rows
+
+
+def key(test: Test) -> str:
+    """A test's name in results."""
+    return f"{test.group}/{test.label}"
+
+
+def scored(batch: Batch, own: Ids) -> dict[str, Any]:
+    """Shares of answers, and of examples with all their answers, that are right."""
+    asked = batch.targets != IGNORED
+    right = own == batch.targets
+    return {
+        "token": round(float(right[asked].mean()), 5),
+        "exact": round(float((right | ~asked).all(axis=1).mean()), 5),
+        "examples": len(right),
+    }
+
+
+def chosen_ways(task: Task, network: Titans) -> list[Way]:
+    """The best setting of every way to edit, by development examples alone; the first of equals."""
+    batches = [examples(test, _DEVELOPMENT + number) for number, test in enumerate(task.development)]
+    layers, off = len(network.edit), network.edit
+    candidates = {"fused": [Way("fused", edit) for edit in strengths(layers, _STRENGTHS)]}
+    for objective, steps in _STEPS.items():
+        candidates[objective] = [
+            Way(objective, off, tr.Editor(objective=objective, step=step, chunk=_CHUNK[objective]))
+            for step in steps
+        ]
+    best = []
+    for ways in candidates.values():
+        marks = {}
+        for way in progress_bar(ways, f"choosing {ways[0].name}"):
+            suited = [batch for batch in batches if way.takes(batch)]
+            marks[way] = np.mean(
+                [scored(batch, titans_answers(network, way, batch))["token"] for batch in suited]
+            )
+        best.append(max(ways, key=lambda way: marks[way]))
+    return best
+
+
+def answers(network: Network, batch: Batch) -> Ids:
+    """What the network answers where it is asked, ``(B, T)``; ``IGNORED`` elsewhere, and if not finite."""
+    found = np.full(batch.targets.shape, IGNORED)
+    for rows in _calls(batch):
+        asked = torch.from_numpy(batch.targets[rows]) != IGNORED
+        with torch.no_grad():
+            features = network.features(torch.from_numpy(batch.tokens[rows]))
+            best = network.head(features[asked]).argmax(-1)
+        finite = torch.isfinite(features).flatten(1).all(1)
+        found[rows][asked.numpy()] = best.numpy()
+        found[rows][~finite.numpy()] = IGNORED
+    return found
+
+
+def titans_answers(network: Titans, way: Way, batch: Batch) -> Ids:
+    """:func:`answers` of a Titans model run as ``way`` says; by autograd where it is edited openly."""
+    if way.editor is None:
+        with _strength(network, way.edit):
+            return answers(network, batch)
+    found = np.full(batch.targets.shape, IGNORED)
+    runner = AutogradRunner(network.model.requires_grad_(False), way.editor)
+    for rows in _calls(batch, most=8):  # every row has memories of its own, which should stay in cache
+        asked = batch.targets[rows] != IGNORED
+        last = int(asked.any(axis=0).nonzero()[0][-1])
+        runner.start(len(asked), way.edit[0])
+        logits = runner.append(batch.tokens[rows][:, : last + 1])
+        finite = np.isfinite(logits).all(axis=(1, 2))
+        best = np.where(finite[:, None], logits.argmax(-1), IGNORED)
+        found[rows][:, : last + 1] = np.where(asked[:, : last + 1], best, IGNORED)
+    runner.close()
+    return found
+
+
+def runtime_answers(model: tr.Model, way: Way, batch: Batch) -> Ids:
+    """:func:`answers` of the bundle, every example a session of its own."""
+    found = np.full(batch.targets.shape, IGNORED)
+    for row, (tokens, targets) in enumerate(zip(batch.tokens, batch.targets, strict=True)):
+        asked = np.flatnonzero(targets != IGNORED)
+        session = model.session(edit=way.edit, editor=way.editor)
+        with contextlib.suppress(tr.NumericsError):  # no answer, then
+            logits = session.append(tokens[: asked[-1] + 1])
+            found[row, asked] = logits[asked].argmax(-1)
+    return found
+
+
+@contextlib.contextmanager
+def _strength(network: Titans, edit: tuple[float, ...]) -> Any:  # noqa: ANN401 - an iterator
+    before, network.edit = network.edit, edit
+    try:
+        yield
+    finally:
+        network.edit = before
+
+
+def _calls(batch: Batch, most: int | None = None) -> list[slice]:
+    """Rows of every call."""
+    count, tokens = batch.tokens.shape
+    step = max(1, min(most or count, _TOKENS // tokens))
+    return [slice(start, start + step) for start in range(0, count, step)]
+
+
+__all__ = ["Way", "answers", "chosen_ways", "evaluated", "key", "runtime_answers", "scored", "titans_answers"]

@@ -1,0 +1,199 @@
+"""A table and a plot of what is finished, and what is missing."""
+
+from __future__ import annotations
+
+import io
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.experiments.contestants import CONTESTANTS
+from benchmarks.experiments.evaluate import key
+from benchmarks.experiments.published import PUBLISHED
+from benchmarks.experiments.tasks.task import Task, Test
+from titans_runtime.optional import optional_import
+
+Rows = list[dict[str, Any]]
+_WAYS = {
+    "as trained": "",
+    "fused": ", edited at test time (λ)",
+    "readout": ", edited at test time (readout)",
+    "prediction": ", edited at test time (prediction)",
+}
+_COLOURS = (
+    "#7f7f7f",
+    "#b58900",
+    "#2f6f4f",
+    "#8c6bb1",
+    "#5b7c99",
+    "#c2571a",
+    "#d7301f",
+    "#e08a9b",
+    "#111111",
+    "#1f9e89",
+)
+
+
+def lines_of(rows: Rows) -> list[tuple[str, str]]:
+    """Contestants and ways that have results, in the order of the table."""
+    present = {(row["contestant"], row["way"]) for row in rows}
+    return [(name, way) for name in CONTESTANTS for way in _WAYS if (name, way) in present]
+
+
+def label(contestant: str, way: str) -> str:
+    """A line's name."""
+    return CONTESTANTS[contestant].label + _WAYS[way]
+
+
+def table(name: str, tasks: Sequence[Task], rows: Rows, seeds: Sequence[int], steps: dict[str, int]) -> str:
+    """Markdown: a table for every group of tests and measure, what is missing, what others report.
+
+    Args:
+        name: of the experiment.
+        tasks: its tasks.
+        rows: results.
+        seeds: asked for.
+        steps: of training, by task.
+    """
+    rows = [row for row in rows if row["steps"] == steps.get(row["task"])]
+    parts = []
+    for group, tests in grouped(tasks).items():
+        for measure, title in (("token", "answers right"), ("exact", "examples with all answers right")):
+            if measure == "exact" and not _several(rows, tests):
+                continue
+            parts += [f"**{group}: % of {title}**", "", *_lines(rows, tests, measure), ""]
+    parts += _missing(tasks, rows, seeds)
+    if name in PUBLISHED:
+        parts += [
+            "Published, at other sizes and budgets:",
+            "",
+            *(f"* {line}" for line in PUBLISHED[name]),
+            "",
+        ]
+    chance = ", ".join(f"{task.name} {100 * task.chance:.1f} %" for task in tasks)
+    trained = ", ".join(f"{task.name} {steps[task.name]:,}" for task in tasks)
+    parts += [f"Chance: {chance}. Steps of training: {trained}. Cells: mean over the seeds (least-greatest)."]
+    return "\n".join(parts)
+
+
+def grouped(tasks: Sequence[Task]) -> dict[str, list[Test]]:
+    """Tests by what they vary."""
+    groups: dict[str, list[Test]] = {}
+    for task in tasks:
+        for test in task.tests:
+            groups.setdefault(test.group, []).append(test)
+    return groups
+
+
+def _several(rows: Rows, tests: Sequence[Test]) -> bool:
+    """Whether an example has several answers, so that the two measures differ."""
+    found = [row["scores"][key(test)] for row in rows for test in tests if key(test) in row["scores"]]
+    return any(score["token"] != score["exact"] for score in found)
+
+
+def _lines(rows: Rows, tests: Sequence[Test], measure: str) -> list[str]:
+    written = [
+        "| | parameters | " + " | ".join(test.label for test in tests) + " | ONNX = PyTorch | seeds |",
+        "|---|---|" + "---|" * (len(tests) + 2),
+    ]
+    for contestant, way in lines_of(rows):
+        own = [row for row in rows if (row["contestant"], row["way"]) == (contestant, way)]
+        cells = [
+            _cell([row["scores"][key(test)][measure] for row in own if key(test) in row["scores"]])
+            for test in tests
+        ]
+        scores = [row["scores"][key(test)] for row in own for test in tests if key(test) in row["scores"]]
+        checked = [score for score in scores if "agree" in score]
+        agree = (
+            f"{sum(s['agree'] for s in checked):,} of {sum(s['examples'] for s in checked):,}"
+            if checked
+            else ""
+        )
+        seeds = len({row["seed"] for row in own})
+        written.append(
+            f"| {label(contestant, way)} | {own[0]['parameters'] / 1e3:.0f} k | "
+            + " | ".join(cells)
+            + f" | {agree} | {seeds} |"
+        )
+    return written
+
+
+def _cell(values: list[float]) -> str:
+    if not values:
+        return "–"
+    shares = [100 * value for value in values]
+    mean = f"{statistics.mean(shares):.1f}"
+    if len(shares) == 1 or max(shares) - min(shares) < 0.05:
+        return mean
+    return f"{mean} ({min(shares):.1f}-{max(shares):.1f})"
+
+
+def _missing(tasks: Sequence[Task], rows: Rows, seeds: Sequence[int]) -> list[str]:
+    done = {(row["task"], row["contestant"], row["seed"]) for row in rows}
+    absent = [
+        f"{task.name}: {name} (seed{'s' * (len(open_) > 1)} {', '.join(map(str, open_))})"
+        for task in tasks
+        for name in CONTESTANTS
+        if (open_ := [seed for seed in seeds if (task.name, name, seed) not in done])
+    ]
+    return [f"Not trained: {'; '.join(absent)}.", ""] if absent else []
+
+
+def settings(rows: Rows) -> list[str]:
+    """How the Titans models were edited, by task and seed."""
+    return [
+        f"{row['task']}, seed {row['seed']}, {label(row['contestant'], row['way'])}: {row['setting']}"
+        for row in rows
+        if row["setting"] and row["way"] != "as trained"
+    ]
+
+
+def plot(title: str, tasks: Sequence[Task], rows: Rows) -> bytes:
+    """PNG: share of right answers over the tests' sizes, a panel a group."""
+    figure_class = optional_import("matplotlib.figure", "plot").Figure
+    groups = grouped(tasks)
+    figure = figure_class(figsize=(5.4 * len(groups) + 3.4, 4.2), layout="constrained")
+    panels = figure.subplots(1, len(groups), squeeze=False)[0]
+    for axes, (group, tests) in zip(panels, groups.items(), strict=True):
+        sizes = [test.size for test in tests]
+        spaced = min(sizes) > 0
+        for number, (contestant, way) in enumerate(lines_of(rows)):
+            own = [row for row in rows if (row["contestant"], row["way"]) == (contestant, way)]
+            points = [
+                [100 * row["scores"][key(t)]["token"] for row in own if key(t) in row["scores"]]
+                for t in tests
+            ]
+            drawn = [(size, values) for size, values in zip(sizes, points, strict=True) if values]
+            means = [statistics.mean(values) for _, values in drawn]
+            low, high = [min(values) for _, values in drawn], [max(values) for _, values in drawn]
+            spread = [
+                [m - one for m, one in zip(means, low, strict=True)],
+                [one - m for m, one in zip(means, high, strict=True)],
+            ]
+            style = {
+                "color": _COLOURS[number % len(_COLOURS)],
+                "marker": "o",
+                "ms": 4,
+                "capsize": 2,
+                "lw": 1.3,
+            }
+            style["ls"] = "-" if way == "as trained" else "--"
+            axes.errorbar(
+                [size for size, _ in drawn], means, yerr=spread, label=label(contestant, way), **style
+            )
+        if spaced:
+            axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, [test.label for test in tests])
+        axes.minorticks_off()
+        axes.axhline(100 * tasks[0].chance, color="black", lw=0.7, ls=":")
+        axes.set_xlabel(group)
+        axes.set_ylim(-3, 103)
+        axes.set_ylabel("answers right, %")
+        axes.grid(color="#e3dfd7")
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False)
+    figure.suptitle(title, fontsize=10)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    return image.getvalue()

@@ -1,0 +1,78 @@
+"""Every contestant is causal and of one size; the baselines' own mathematics against what defines them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from benchmarks.experiments.contestants import CONTESTANTS, mamba
+from benchmarks.experiments.contestants.network import parameters
+from benchmarks.experiments.contestants.s4d import DiagonalStateSpace
+from benchmarks.experiments.contestants.titans import Titans, strengths
+from benchmarks.experiments.tasks import EXPERIMENTS
+
+
+@pytest.mark.parametrize("name", list(CONTESTANTS))
+def test_no_answer_depends_on_what_comes_later(name: str) -> None:
+    torch.manual_seed(0)
+    network = CONTESTANTS[name].build(16).eval()
+    tokens = torch.randint(0, 16, (2, 41))
+    other = tokens.clone()
+    other[:, 23:] = (other[:, 23:] + 1) % 16
+    with torch.no_grad():
+        one, two = network.features(tokens), network.features(other)
+    assert torch.allclose(one[:, :23], two[:, :23], atol=1e-5)
+    assert not torch.allclose(one[:, 23], two[:, 23], atol=1e-3)
+
+
+def test_all_have_one_number_of_parameters() -> None:
+    for tasks in EXPERIMENTS.values():
+        counts = [parameters(contestant.build(tasks[0].vocab_size)) for contestant in CONTESTANTS.values()]
+        assert max(counts) < 1.1 * min(counts)
+
+
+def test_the_selective_scan_is_the_recurrence_and_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mamba, "_CHUNK", 3)  # states are handed over twice
+    torch.manual_seed(0)
+    double = {"dtype": torch.float64, "requires_grad": True}
+    x, read, write = (torch.randn(2, 7, n, **double) for n in (3, 4, 4))
+    step, rate = torch.rand(2, 7, 3, **double), (-torch.rand(3, 4, dtype=torch.float64)).requires_grad_()
+    state, outputs = torch.zeros(2, 3, 4, dtype=torch.float64), []
+    for t in range(7):
+        decay = torch.exp(step[:, t, :, None] * rate)
+        state = decay * state + (step * x)[:, t, :, None] * write[:, t, None]
+        outputs.append((state * read[:, t, None]).sum(-1))
+    scanned = mamba.selective_scan(x, step, rate, write, read)
+    assert torch.allclose(scanned, torch.stack(outputs, dim=1), rtol=1e-12)
+    assert torch.autograd.gradcheck(mamba.selective_scan, (x, step, rate, write, read))
+
+
+def test_the_convolution_of_s4d_is_its_recurrence() -> None:
+    torch.manual_seed(0)
+    layer = DiagonalStateSpace(3, 8).double()
+    x = torch.randn(2, 20, 3, dtype=torch.float64)
+    rate = torch.complex(-layer.log_decay.exp(), layer.frequency)
+    moved = torch.exp(rate * layer.log_step.exp()[:, None])
+    state = torch.zeros(2, 3, 4, dtype=torch.complex128)
+    outputs = []
+    for t in range(20):
+        state = moved * state + (moved - 1) / rate * x[:, t, :, None]
+        outputs.append(2 * (torch.view_as_complex(layer.mix) * state).sum(-1).real + layer.direct * x[:, t])
+    expected = F.glu(layer.out_projection(F.gelu(torch.stack(outputs, dim=1))), dim=-1)
+    assert torch.allclose(layer(x), expected, rtol=1e-9)
+
+
+def test_a_long_stream_of_titans_is_cut_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    network = CONTESTANTS["titans-lmm"].build(16).eval()
+    assert isinstance(network, Titans)
+    tokens = torch.randint(0, 16, (2, 50))
+    whole = network.features(tokens)
+    monkeypatch.setattr("benchmarks.experiments.contestants.titans._SEGMENT", 17)
+    with torch.no_grad():
+        assert torch.allclose(network.features(tokens), whole, atol=1e-5)
+
+
+def test_strengths_are_for_all_layers_and_for_each() -> None:
+    assert strengths(2, (0.5, 1.0)) == [(0.5, 0.5), (1, 1), (0.5, 0), (1, 0), (0, 0.5), (0, 1)]

@@ -1,0 +1,138 @@
+"""Training, answers and tables, as the one command makes them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.experiments import __main__ as command
+from benchmarks.experiments import evaluate
+from benchmarks.experiments.contestants import CONTESTANTS
+from benchmarks.experiments.evaluate import Way, answers, scored
+from benchmarks.experiments.report import table
+from benchmarks.experiments.tasks import EXPERIMENTS
+from benchmarks.experiments.tasks.recall import MQAR
+from benchmarks.experiments.tasks.task import IGNORED, Batch, Task, examples
+from benchmarks.experiments.train import STATE, Recipe, Training
+from titans_runtime import Editor
+from titans_runtime.errors import DataError
+
+
+def small() -> Task:
+    """A task with a few short tests."""
+    tests = tuple(replace(test, examples=5) for test in (MQAR.tests[0], MQAR.tests[1], MQAR.tests[6]))
+    return replace(MQAR, tests=tests, development=(replace(MQAR.tests[0], examples=2),), batch=4)
+
+
+@pytest.mark.parametrize("contestant", ["lstm", "titans-lmm"])
+def test_a_stopped_training_ends_as_an_unbroken_one(tmp_path: Path, contestant: str) -> None:
+    recipe = Recipe(steps=6)
+    whole = Training(small(), contestant, 3, recipe)
+    for step in range(6):
+        whole.advance(step)
+    first = Training(small(), contestant, 3, recipe)
+    for step in range(3):
+        first.advance(step)
+    first.save(tmp_path / STATE)
+    network = Training(small(), contestant, 3, recipe).run(tmp_path)
+    for name, tensor in whole.network.state_dict().items():
+        assert torch.equal(tensor, network.state_dict()[name]), name
+
+
+def test_another_trainings_state_is_refused(tmp_path: Path) -> None:
+    Training(small(), "lstm", 0, Recipe(steps=2)).run(tmp_path)
+    with pytest.raises(DataError, match="another training"):
+        Training(small(), "lstm", 1, Recipe(steps=2)).run(tmp_path)
+
+
+def test_training_learns() -> None:
+    training = Training(replace(small(), batch=16), "lstm", 0, Recipe(steps=40))
+    losses = []
+    for step in range(40):
+        training.advance(step)
+        losses.append(training.loss)
+    assert np.mean(losses[-5:]) < 0.8 * losses[0]
+
+
+def test_scores_count_answers_and_examples() -> None:
+    targets = np.array([[IGNORED, 1, 2], [IGNORED, 3, 4]])
+    own = np.array([[IGNORED, 1, 2], [IGNORED, 3, 5]])
+    assert scored(Batch(targets, targets), own) == {"token": 0.75, "exact": 0.5, "examples": 2}
+
+
+def test_answers_do_not_depend_on_how_rows_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    network = CONTESTANTS["titans-ssm"].build(MQAR.vocab_size).eval()
+    batch = examples(small().tests[1], 0)
+    whole = answers(network, batch)
+    monkeypatch.setattr(evaluate, "_TOKENS", batch.tokens.shape[1])
+    assert np.array_equal(answers(network, batch), whole)
+    assert np.array_equal(whole == IGNORED, batch.targets == IGNORED)
+
+
+def test_long_examples_are_not_edited_by_prediction() -> None:
+    way = Way("prediction", (0.0, 0.0), Editor(objective="prediction", step=0.1, chunk=8))
+    assert way.takes(Batch(np.zeros((1, 150), int), np.zeros((1, 150), int)))
+    assert not way.takes(Batch(np.zeros((1, 5_000), int), np.zeros((1, 5_000), int)))
+    assert way.setting == "λ = 0, prediction:step=0.1,chunk=8"
+    assert Way("fused", (1.0, 0.0)).setting == "λ = (1, 0)"
+
+
+def test_one_command_trains_asks_and_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(EXPERIMENTS, "mqar", (small(),))
+    arguments = ["experiments", "mqar", "--seeds", "0", "--steps", "2"]
+    arguments += ["--out", str(tmp_path / "out"), "--results", str(tmp_path / "results")]
+    monkeypatch.setattr("sys.argv", [*arguments, "--contestants", "s4d", "titans-ssm"])
+    assert command.main() == 0
+    rows = json.loads((tmp_path / "results" / "mqar.json").read_text())
+    ways = [(row["contestant"], row["way"]) for row in rows]
+    assert ways == [
+        ("s4d", "as trained"),
+        *(("titans-ssm", way) for way in ("as trained", "fused", "readout", "prediction")),
+    ]
+    for row in rows:
+        for score in row["scores"].values():
+            assert score["examples"] == 5
+            if row["way"] in ("as trained", "fused", "readout") and row["contestant"] == "titans-ssm":
+                assert score["agree"] >= 4  # an untrained model's answers are near ties
+    assert (tmp_path / "results" / "mqar.png").read_bytes().startswith(b"\x89PNG")
+    written = capsys.readouterr().out
+    assert "Titans LMM, trained λ = 0, edited at test time (readout)" in written
+    assert "mqar: transformer (seed 0)" in written
+    assert "s4d (seed" not in written
+
+    # What has results is not done again.
+    monkeypatch.setattr(command, "measured", pytest.fail)
+    assert command.main() == 0
+
+    monkeypatch.setattr("sys.argv", [*arguments, "--steps", "0"])
+    assert command.main() == 2
+    assert "--steps 0" in capsys.readouterr().err
+
+
+def test_a_table_has_mean_and_spread() -> None:
+    task = small()
+    names = [f"{test.group}/{test.label}" for test in task.tests]
+    rows = [
+        {
+            "task": "mqar",
+            "contestant": "lstm",
+            "way": "as trained",
+            "setting": "",
+            "seed": seed,
+            "steps": 9,
+            "parameters": 100_000,
+            "scores": {name: {"token": share, "exact": 0.0, "examples": 4} for name in names},
+        }
+        for seed, share in enumerate((0.25, 0.75))
+    ]
+    text = table("mqar", (task,), rows, [0, 1, 2], {"mqar": 9})
+    assert "| LSTM | 100 k | 50.0 (25.0-75.0) |" in text
+    assert "mqar: lstm (seed 2)" in text
