@@ -64,12 +64,7 @@ def table(name: str, tasks: Sequence[Task], rows: Rows, seeds: Sequence[int], st
             parts += [f"**{group}: % of {title}**", "", *_lines(rows, tests, measure), ""]
     parts += _missing(tasks, rows, seeds)
     if name in PUBLISHED:
-        parts += [
-            "Published, at other sizes and budgets:",
-            "",
-            *(f"* {line}" for line in PUBLISHED[name]),
-            "",
-        ]
+        parts += ["Published, at another size and budget: " + PUBLISHED[name].replace("\n", " "), ""]
     chance = ", ".join(f"{task.name} {100 * task.chance:.1f} %" for task in tasks)
     trained = ", ".join(f"{task.name} {steps[task.name]:,}" for task in tasks)
     parts += [f"Chance: {chance}. Steps of training: {trained}. Cells: mean over the seeds (least-greatest)."]

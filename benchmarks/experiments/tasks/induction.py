@@ -12,22 +12,31 @@ VOCABULARY = 16
 SPECIAL = 0
 LONGEST = 256
 """In training."""
+TRAINING_ASKED = 4
+"""Times that training asks: from one answer in 256 tokens there is little to learn."""
 
 
-def heads(generator: np.random.Generator, count: int, length: int) -> Batch:
-    """``… S a … S``, of ``length`` tokens: ``a`` is asked for at the end; ``S`` stands nowhere else."""
+def heads(generator: np.random.Generator, count: int, length: int, asked: int = 1) -> Batch:
+    """``… S a … S``, of ``length`` tokens: ``a`` is asked for at the end; ``S`` stands nowhere else.
+
+    With ``asked`` above 1, ``S a`` stands as many times, anywhere, and is asked for every time but the first.
+    """
     tokens = generator.integers(1, VOCABULARY, (count, length))
-    rows = np.arange(count)
-    places = generator.integers(0, length - 2, count)
-    tokens[rows, places] = SPECIAL
+    slots = generator.random((count, (length - 1) // 2)).argsort(axis=1)[:, :asked]
+    even = length % 2 == 0  # the last slot's answer stands before the end either way
+    places = np.sort(2 * slots, axis=1) + generator.integers(0, 1 + even, (count, 1))
+    answers = generator.integers(1, VOCABULARY, (count, 1))
+    np.put_along_axis(tokens, places, SPECIAL, axis=1)
+    np.put_along_axis(tokens, places + 1, answers, axis=1)
     tokens[:, -1] = SPECIAL
     targets = np.full(tokens.shape, IGNORED)
-    targets[:, -1] = tokens[rows, places + 1]
+    np.put_along_axis(targets, places[:, 1:], answers, axis=1)
+    targets[:, -1:] = answers
     return Batch(tokens, targets)
 
 
 def _draw(generator: np.random.Generator, reach: float, count: int) -> Batch:
-    return heads(generator, count, drawn_length(generator, 8, LONGEST, reach))
+    return heads(generator, count, drawn_length(generator, 16, LONGEST, reach), TRAINING_ASKED)
 
 
 def _heads(generator: np.random.Generator, count: int, length: int) -> Batch:
@@ -48,5 +57,6 @@ INDUCTION = Task(
         for power in range(6, 15)
     ),
     development=(_test(192, 128), _test(768, 32)),
-    steps=1500,
+    steps=1000,
+    batch=32,
 )

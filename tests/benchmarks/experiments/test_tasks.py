@@ -63,14 +63,17 @@ def test_markers_are_answered_by_the_data_in_order(seed: int, length: int) -> No
         assert (targets[:length] == IGNORED).all()
 
 
-@given(SEEDS, st.integers(3, 80))
-def test_an_induction_head_has_one_answer(seed: int, length: int) -> None:
-    for tokens, targets in zip(*heads(np.random.default_rng(seed), 4, length), strict=True):
-        first, last = np.flatnonzero(tokens == SPECIAL)
-        assert last == length - 1
-        assert targets[last] == tokens[first + 1]
-        assert 1 <= targets[last] < VOCABULARY
-        assert (targets[:last] == IGNORED).all()
+@given(SEEDS, st.integers(3, 80), st.integers(1, 4))
+def test_an_induction_head_has_one_answer(seed: int, length: int, asked: int) -> None:
+    for tokens, targets in zip(*heads(np.random.default_rng(seed), 4, length, asked), strict=True):
+        first, *later = np.flatnonzero(tokens == SPECIAL)
+        assert later[-1] == length - 1
+        assert len(later) == min(asked, (length - 1) // 2)
+        answer = tokens[first + 1]
+        assert 1 <= answer < VOCABULARY
+        assert all(tokens[place + 1] == answer for place in later[:-1])
+        assert list(np.flatnonzero(targets != IGNORED)) == later
+        assert (targets[later] == answer).all()
 
 
 @given(SEEDS, st.integers(1, KEYS), st.integers(1, 5), st.sampled_from([0, 7]))
