@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ class Way:
     """How a Titans model is run.
 
     Attributes:
-        name: ``as trained``, ``fused``, ``readout`` or ``prediction``.
+        name: ``as trained``, ``off``, ``fused``, ``readout`` or ``prediction``.
         edit: ``λ`` of every layer.
         editor: of the open way.
     """
@@ -77,8 +78,7 @@ def evaluated(
         scores = {key(test): scored(batch, answers(network, batch)) for test, batch in tests}
         return [{"way": "as trained", "setting": "", "scores": scores}]
     ways = [Way("as trained", network.edit)]
-    if CONTESTANTS[contestant].edited:
-        ways += chosen_ways(task, network)
+    ways += chosen_ways(task, network, CONTESTANTS[contestant].ways)
     export_bundle(checkpoint, bundle)
     model = tr.load(bundle, threads=torch.get_num_threads())
     rows = []
@@ -109,18 +109,17 @@ def scored(batch: Batch, own: Ids) -> dict[str, Any]:
     }
 
 
-def chosen_ways(task: Task, network: Titans) -> list[Way]:
+def chosen_ways(task: Task, network: Titans, names: Sequence[str]) -> list[Way]:
     """The best setting of every way to edit, by development examples alone; the first of equals."""
     batches = [examples(test, _DEVELOPMENT + number) for number, test in enumerate(task.development)]
-    layers, off = len(network.edit), network.edit
+    layers, own = len(network.edit), network.edit
     candidates = {"fused": [Way("fused", edit) for edit in strengths(layers, _STRENGTHS)]}
+    candidates["off"] = [Way("off", (0.0,) * layers)]
     for objective, steps in _STEPS.items():
-        candidates[objective] = [
-            Way(objective, off, tr.Editor(objective=objective, step=step, chunk=_CHUNK[objective]))
-            for step in steps
-        ]
+        editors = [tr.Editor(objective=objective, step=step, chunk=_CHUNK[objective]) for step in steps]
+        candidates[objective] = [Way(objective, own, editor) for editor in editors]
     best = []
-    for ways in candidates.values():
+    for ways in (candidates[name] for name in names):
         marks = {}
         for way in progress_bar(ways, f"choosing {ways[0].name}"):
             suited = [batch for batch in batches if way.takes(batch)]

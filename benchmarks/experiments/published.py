@@ -15,7 +15,7 @@ length: without gates S4 18.3 %, S6 97.0 %; in the Mamba block S4 56.4 %, Hyena 
     "copy": """\
 Jelassi et al. 2024, "Repeat After Me", arXiv 2402.01032: a two-layer Transformer can copy strings of a
 length exponential in its size, a model with a state of constant size cannot; Transformers copy strings
-longer than those of training, state-space models do not. The models there are larger: no figure is quoted.""",
+longer than those of training, state-space models do not. They use larger models: no figure is quoted.""",
     "scan": """\
 Lake and Baroni 2018, arXiv 1711.00350: encoder and decoder networks, 100,000 presentations, commands right,
 best of all their architectures: simple 99.8 %, length 20.8 %, addprim_jump 1.2 %.""",

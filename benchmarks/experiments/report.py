@@ -16,6 +16,7 @@ from titans_runtime.optional import optional_import
 Rows = list[dict[str, Any]]
 _WAYS = {
     "as trained": "",
+    "off": ", run with λ = 0",
     "fused": ", edited at test time (λ)",
     "readout": ", edited at test time (readout)",
     "prediction": ", edited at test time (prediction)",

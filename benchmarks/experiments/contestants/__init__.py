@@ -34,12 +34,12 @@ class Contestant:
     Attributes:
         label: in tables.
         build: from the vocabulary's size.
-        edited: whether it is run with editing at test time although it was trained without.
+        ways: to edit it at test time, beside running it as it was trained: of :mod:`..evaluate`.
     """
 
     label: str
     build: Callable[[int], Network]
-    edited: bool = False
+    ways: tuple[str, ...] = ()
 
 
 def _transformer(vocab_size: int) -> Network:
@@ -69,8 +69,12 @@ CONTESTANTS: dict[str, Contestant] = {
     "s4d": Contestant("S4D", _s4d),
     "mamba": Contestant("Mamba", _mamba),
     "lstm": Contestant("LSTM", _lstm),
-    "titans-ssm": Contestant("Titans LMM, trained λ = 0", partial(_titans, edit=0.0, **_SSM), edited=True),
-    "titans-lmm": Contestant("Titans LMM, trained λ = 1", partial(_titans, edit=1.0, **_SSM)),
+    "titans-ssm": Contestant(
+        "Titans LMM, trained λ = 0", partial(_titans, edit=0.0, **_SSM), ("fused", "readout", "prediction")
+    ),
+    "titans-lmm": Contestant(
+        "Titans LMM, trained λ = 1", partial(_titans, edit=1.0, **_SSM), ("off", "readout")
+    ),
     "titans-mac": Contestant(
         "Titans MAC, trained λ = 1", partial(_titans, edit=1.0, architecture="mac", d_ff=64, momentum=False)
     ),

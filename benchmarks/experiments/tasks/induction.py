@@ -13,7 +13,7 @@ SPECIAL = 0
 LONGEST = 256
 """In training."""
 TRAINING_ASKED = 4
-"""Times that training asks: from one answer in 256 tokens there is little to learn."""
+"""Times that the curriculum asks: from one answer in 256 tokens there is little to learn."""
 
 
 def heads(generator: np.random.Generator, count: int, length: int, asked: int = 1) -> Batch:
@@ -36,6 +36,8 @@ def heads(generator: np.random.Generator, count: int, length: int, asked: int = 
 
 
 def _draw(generator: np.random.Generator, reach: float, count: int) -> Batch:
+    if reach == 1.0:  # the last part of a training is the task itself
+        return heads(generator, count, LONGEST)
     return heads(generator, count, drawn_length(generator, 16, LONGEST, reach), TRAINING_ASKED)
 
 
