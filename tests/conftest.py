@@ -70,3 +70,13 @@ def twin_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     folder = tmp_path_factory.mktemp("twin") / "bundle"
     export_bundle(tiny_checkpoint, folder, formats=["torchscript"])
     return folder
+
+
+@pytest.fixture(scope="session")
+def compiled_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of `tiny_checkpoint` with every graph in all of PyTorch's formats; minutes of compiling."""
+    from titans_export.pipeline import export_bundle
+
+    folder = tmp_path_factory.mktemp("compiled") / "bundle"
+    export_bundle(tiny_checkpoint, folder, formats=["torchscript", "aoti"])
+    return folder

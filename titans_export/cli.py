@@ -179,7 +179,8 @@ def _add_export(subparsers: Subparsers) -> None:
         default="onnx",
         metavar="NAMES",
         help="onnx, which every bundle holds (default); onnx,torchscript writes every graph as TorchScript, "
-        "too; onnx,tensorrt builds an engine for this GPU as well",
+        "too; onnx,aoti compiles every graph by AOTInductor for this kind of processor; onnx,tensorrt builds "
+        "an engine for this GPU as well",
     )
     parser.add_argument(
         "--triton-repository",

@@ -13,6 +13,7 @@ import onnx_ir as ir
 import torch
 from safetensors.numpy import save as save_arrays
 
+from titans_converters.aot_inductor import check_compiler, write_aot_inductor
 from titans_converters.gradients import gradient_graphs
 from titans_converters.onnx.files import write_models
 from titans_converters.onnx.function import OPSET
@@ -43,7 +44,7 @@ TOKENS = 64
 """Of a call of an unrolled graph, where nothing else is asked for."""
 _LEAST_ONNXRUNTIME = "1.25"  # 1.24 refuses the operator's body; 1.25, 1.27 and 1.32 were tried
 
-_WRITERS = {"torchscript": write_torchscript}
+_WRITERS = {"torchscript": write_torchscript, "aoti": write_aot_inductor}
 Report = Callable[[str], None]
 
 
@@ -67,7 +68,7 @@ def export_bundle(
         weights: how matrices are stored. ``float32``; ``float16``, half of the size, all products in
             float32; ``int8`` or ``int4``, products of integers. The memory is float32 in all.
         scan: what stands for the memory, one of :data:`titans_converters.onnx.lowering.SCANS`.
-        formats: in which to write every graph beside ONNX: ``torchscript``.
+        formats: in which to write every graph beside ONNX: ``torchscript``, ``aoti``.
         tokens: of the calls for which an ``unrolled`` bundle has graphs; it always has one for 1.
 
     Returns:
@@ -78,11 +79,14 @@ def export_bundle(
         UsageError: ``bundle`` holds anything but an intact bundle, the vocabulary is not one of bytes, or
             the model's memory has no form ``scan``.
         CheckFailed: the exported graphs do not reproduce the model; nothing is written.
-        EnvironmentProblem: the disk is full or cannot be written; an older bundle is as it was.
+        EnvironmentProblem: the disk is full or cannot be written, or AOTInductor finds no C++ compiler; an
+            older bundle is as it was.
     """
     _refuse_foreign_folder(bundle)
     model, editing = load_exportable(checkpoint), read_editing(checkpoint)
     lengths = _lengths(scan, weights, tokens)
+    if "aoti" in formats:
+        check_compiler()
     quantised = _round(model, weights)
     programs, recurrences = model.programs(scan, quantised is not None), model.recurrences()
     with folder_beside(bundle) as work:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Final
 
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from titans_converters import memory_op
-from titans_converters.program import Program
+from titans_converters.program import Axes, Program
 from titans_runtime.quiet import quiet
 
+CHECKS: Final = (  # the tracer's, of its own assumptions
+    torch.ops.aten._assert_scalar.default,  # noqa: SLF001 - an operator's name
+    torch.ops.aten._assert_tensor_metadata.default,  # noqa: SLF001
+)
 _OPERATOR = "onnx_symbolic::_symbolic_multi_out"
 
 
@@ -32,6 +41,41 @@ def export(program: Program) -> torch.export.ExportedProgram:
     return exported
 
 
+def written_out(
+    module: nn.Module, inputs: Sequence[Tensor], axes: Sequence[Axes]
+) -> tuple[fx.GraphModule, list[Tensor]]:
+    """A module in PyTorch's smallest operators, with what autograd does in it, for any size of free axes.
+
+    ``torch.export`` keeps products of matrices whole, and does not see what autograd makes of them.
+
+    Args:
+        module: takes and gives tensors.
+        inputs: examples. A free axis has the same size everywhere, unlike all other sizes.
+        axes: of the inputs; a string names a free axis.
+
+    Returns:
+        The graph, and stand-ins for the inputs, which have sizes and no data.
+    """
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    stand_ins: list[Tensor] = [
+        mode.from_tensor(
+            tensor,
+            source=ConstantSource(f"input_{index}"),
+            symbolic_context=StatelessSymbolicContext(
+                # DUCK: one symbol for one size
+                dynamic_sizes=[DimDynamic.DUCK if isinstance(n, str) else DimDynamic.STATIC for n in shape]
+            ),
+        )
+        for index, (tensor, shape) in enumerate(zip(inputs, axes, strict=True))
+    ]
+    with mode:
+        graph: fx.GraphModule = make_fx(module, _allow_non_fake_inputs=True)(*stand_ins)
+    for part in graph.modules():
+        if isinstance(part, fx.GraphModule):
+            without_checks(part)
+    return graph, stand_ins
+
+
 def dynamic_shapes(program: Program, least_tokens: int = 1) -> Any:  # noqa: ANN401 - nested as the inputs are
     """The program's free axes, as ``torch.export`` asks for them."""
     axes = {
@@ -50,6 +94,16 @@ def dynamic_shapes(program: Program, least_tokens: int = 1) -> Any:  # noqa: ANN
 def _is_variadic(program: Program) -> bool:
     """Whether ``forward`` takes ``*tensors``: then the shapes are nested once more."""
     return program.module.forward.__code__.co_argcount == 1
+
+
+def without_checks(traced: fx.GraphModule) -> fx.GraphModule:
+    """Take out what the tracer asserts of its own assumptions. Changes ``traced``."""
+    for node in list(traced.graph.nodes):
+        if node.op == "call_module" or node.target in CHECKS:
+            traced.graph.erase_node(node)
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    return traced
 
 
 def operator_of(node: fx.Node) -> str | None:

@@ -27,6 +27,7 @@ class Places(nn.Module):
         self.position = inputs.index("position") if recurrence.apart else -1
         self.live = tiles.index("live")
         self.counted = inputs.index(recurrence.tokens[0])
+        self.streams = [inputs.index(name) for name in recurrence.tokens]
         self.carry = [inputs.index(name) for name in recurrence.carry]
         self.tile_inputs = [inputs.index(name) for name in recurrence.tiles.inputs]
         self.step_inputs = [

@@ -18,7 +18,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx, nn
 
-from titans_converters.exported import attributes_of, export, operator_of
+from titans_converters.exported import CHECKS, attributes_of, export, operator_of
 from titans_converters.gradient_module import Gradient
 from titans_converters.onnx.sinkhorn import doubly_stochastic
 from titans_converters.program import Program, RecurrenceProgram
@@ -31,10 +31,6 @@ FOLDER: Final = "torchscript"
 GRAPH_FILE: Final = "graph.json"
 """In the archive: names, dtypes and axes of inputs and outputs, in order."""
 
-_CHECKS: Final = (  # the tracer's, of its own assumptions
-    torch.ops.aten._assert_scalar.default,  # noqa: SLF001 - an operator's name
-    torch.ops.aten._assert_tensor_metadata.default,  # noqa: SLF001
-)
 _SPELLINGS: Final[dict[object, Any]] = {  # of what TorchScript knows by another name
     torch.ops.aten.sym_size.int: torch.ops.aten.size,
     torch.sym_max: max,
@@ -131,7 +127,7 @@ def _as_script(
         elif node.op == "get_attr":
             if node.users:
                 values[node] = _constant(root, graph, node.target, _attribute(traced, node.target))
-        elif node.op == "call_module" or node.target in _CHECKS:
+        elif node.op == "call_module" or node.target in CHECKS:
             continue
         elif name == "Sinkhorn":
             values[node] = _sinkhorn(root, graph, node, values)

@@ -186,7 +186,8 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
         "--backend",
         default="onnxruntime",
         metavar="NAME",
-        help="onnxruntime; torchscript, of a bundle exported with that format; tensorrt: see 'titans engine'",
+        help="onnxruntime; torchscript or aoti, of a bundle exported in that format; "
+        "tensorrt: see 'titans engine'",
     )
     parser.add_argument("--threads", type=int, default=None, metavar="N")
     parser.add_argument(

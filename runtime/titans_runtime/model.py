@@ -46,8 +46,8 @@ def load(
             not available is an error, never a silent fallback.
         threads: threads within an operator; default is the backend's choice. Those of PyTorch are the
             process's.
-        backend: ``onnxruntime``; ``torchscript``, which imports torch, for a bundle exported with that
-            format; or ``tensorrt``, which runs an engine that ``titans engine`` has built.
+        backend: ``onnxruntime``; ``torchscript`` or ``aoti``, which import torch, for a bundle exported in
+            that format; or ``tensorrt``, which runs an engine that ``titans engine`` has built.
 
     Raises:
         BundleError: a file is missing, altered or of an unknown format, or the bundle lacks the backend's.

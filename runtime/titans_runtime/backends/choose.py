@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from titans_runtime.backends import Backend
     from titans_runtime.bundle import Bundle
 
-BACKENDS: Final = ("onnxruntime", "torchscript", "tensorrt")
+BACKENDS: Final = ("onnxruntime", "torchscript", "aoti", "tensorrt")
 
 
 def open_backend(
@@ -42,6 +42,10 @@ def open_backend(
         from titans_runtime.backends.torchscript import TorchScriptBackend
 
         return TorchScriptBackend(bundle, threads)
+    if name == "aoti":
+        from titans_runtime.backends.aot_inductor import AotInductorBackend
+
+        return AotInductorBackend(bundle, threads)
     from titans_runtime.backends.tensorrt import TensorRTBackend
 
     return TensorRTBackend(bundle, threads)

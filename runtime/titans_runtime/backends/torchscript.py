@@ -13,7 +13,7 @@ from titans_runtime.backends import ON_HOST, Array, Call, Graph, Residence
 from titans_runtime.backends.lengths import open_lengths
 from titans_runtime.backends.placement import Placement
 from titans_runtime.bundle import Bundle
-from titans_runtime.errors import BundleError
+from titans_runtime.errors import BundleError, EnvironmentProblem
 from titans_runtime.manifest import GraphSpec, Manifest
 from titans_runtime.optional import optional_import
 from titans_runtime.quiet import quiet
@@ -36,7 +36,7 @@ class TorchScriptBackend:
             threads: threads within an operator, of all PyTorch in this process; default is PyTorch's choice.
 
         Raises:
-            EnvironmentProblem: PyTorch is missing.
+            EnvironmentProblem: PyTorch is missing, or code was compiled for another processor.
             BundleError: the bundle was exported without this format, or a file was altered.
         """
         self._torch = optional_import("torch", "torch")
@@ -86,14 +86,17 @@ class TorchScriptBackend:
         content = self._bundle.read(file)
         try:
             with quiet():  # TorchScript's deprecation is said once, in the documentation
-                function = self._load(content)
+                function = self._load(content, spec)
+        except EnvironmentProblem as error:
+            raise EnvironmentProblem(f"{self._bundle.folder / file}: {error}") from None
         except Exception as error:  # noqa: BLE001 - torch raises whatever its readers do
             reason = " ".join(str(error).split())[:300]
             raise BundleError(f"{self._bundle.folder / file}: cannot be loaded ({reason})") from None
         return TorchGraph(self._torch, function, spec)
 
-    def _load(self, content: bytes) -> Function:
-        """The function in a file's content."""
+    def _load(self, content: bytes, spec: GraphSpec) -> Function:
+        """The function in the content of a file that holds ``spec``."""
+        del spec
         module = self._torch.jit.load(io.BytesIO(content), map_location="cpu")
         frozen: Function = self._torch.jit.freeze(module.eval())
         return frozen

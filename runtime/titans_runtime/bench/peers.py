@@ -21,6 +21,7 @@ _OWN = {
     REFERENCE: "titans_runtime.bench.onnxruntime:load",
     "singles": "titans_runtime.bench.onnxruntime:load_singles",
     "bundle-torchscript": "titans_runtime.bench.bundled:load_torchscript",
+    "bundle-aoti": "titans_runtime.bench.bundled:load_aoti",
     "openvino": "titans_runtime.bench.openvino:load",
     "onnxruntime-cuda": "titans_runtime.bench.gpu:load_cuda",
     "tensorrt": "titans_runtime.bench.gpu:load_tensorrt",

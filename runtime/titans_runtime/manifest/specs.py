@@ -8,7 +8,7 @@ from typing import Any
 DTYPES = ("float32", "float16", "int64")
 IDS, VECTORS = "input_ids", "inputs"
 ONNX = "onnx"
-FORMATS = ("torchscript",)
+FORMATS = ("torchscript", "aoti")
 MAX_TOKENS = 512
 """Tokens that a call of a graph takes at most; what runs it cuts longer input."""
 ROLES = ("memory", "momentum", "anchor", "window", "position")
