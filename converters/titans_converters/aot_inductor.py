@@ -7,6 +7,7 @@ beside it, which knows that there is one: decoding is where a loop's bookkeeping
 from __future__ import annotations
 
 import io
+import os
 import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -88,7 +89,7 @@ def package(program: Program | GradientTwin, recurrences: Sequence[RecurrencePro
             files[name] = _compile(graph, inputs, options)
         path = Path(folder) / f"{program.name}.pt2"
         package_aoti(str(path), files)
-        return _without_sources(path.read_bytes())
+        return _without_sources(path.read_bytes(), (Path(folder), Path(torch.__file__).parent))
 
 
 def check_compiler() -> None:
@@ -157,7 +158,7 @@ def _flat(
     module: nn.Module, inputs: Sequence[Tensor], axes: Sequence[Axes]
 ) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
     """The module as a graph, which says of itself that it takes tensors and gives a tuple of them."""
-    graph, stand_ins = written_out(module, inputs, axes)
+    graph, stand_ins = written_out(_Contiguous(module), inputs, axes)
     (output,) = graph.graph.find_nodes(op="output")
     output.args = (tuple(output.args[0]),)
     graph.recompile()
@@ -182,6 +183,17 @@ def _first_token(tensor: Tensor, axes: Axes) -> Tensor:
     return tensor.narrow(axes.index("tokens"), 0, 1) if "tokens" in axes else tensor
 
 
+class _Contiguous(nn.Module):
+    """Results that may be given to the next call as they are: compiled code does not look at strides."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(result.contiguous() for result in self.module(*inputs))
+
+
 class _Listed(nn.Module):
     """A module of lists as one of tensors."""
 
@@ -204,11 +216,18 @@ class _Unlisted(nn.Module):
         return list(self.module(*inputs))
 
 
-def _without_sources(content: bytes) -> bytes:
-    """The archive without the C++ that was compiled: it names files of the exporting machine."""
+def _without_sources(content: bytes, folders: Sequence[Path]) -> bytes:
+    """The archive without the C++ that was compiled, and without the names of ``folders`` in what it became.
+
+    Messages of PyTorch's own checks name its headers.
+    """
     result = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(result, "w") as new:
         for record in old.namelist():
-            if not record.endswith((".cpp", ".kernel_metadata.json")):
-                new.writestr(zipfile.ZipInfo(record, _EPOCH), old.read(record))
+            if record.endswith((".cpp", ".kernel_metadata.json")):
+                continue
+            kept = old.read(record)
+            for name in (os.fsencode(folder) for folder in folders):
+                kept = kept.replace(name, b".".ljust(len(name), b"/"))  # of the same length: offsets stay
+            new.writestr(zipfile.ZipInfo(record, _EPOCH), kept)
     return result.getvalue()

@@ -166,3 +166,40 @@ def test_every_member_is_exported_and_verified(
     save_checkpoint(model, tmp_path / "checkpoint")
     report = export_bundle(tmp_path / "checkpoint", tmp_path / "bundle", formats=[kind])
     assert report.passed
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("torchscript", marks=pytest.mark.suite("titans-pytorch")),
+        pytest.param("aoti", marks=pytest.mark.suite("aoti")),
+    ],
+)
+@pytest.mark.parametrize("imported", ["NeuralMemory", "MemoryAsContextTransformer"])
+def test_imported_models(kind: str, imported: str, tmp_path: Path) -> None:
+    """A memory alone, whose tokens are vectors; a transformer, with tokens apart where segments end."""
+    import torch
+    from torch import nn
+
+    from tests.titans_export.importers.cases import MEMORY_BASE, TRANSFORMER_BASE
+    from titans_export.importers.titans_pytorch.checkpoint import LIBRARY, save_imported
+    from titans_export.importers.titans_pytorch.neural_memory import NeuralMemoryModel
+    from titans_export.importers.titans_pytorch.options import MemoryOptions, TransformerOptions, to_dict
+    from titans_export.importers.titans_pytorch.transformer import TransformerModel
+    from titans_export.pipeline import export_bundle
+
+    model = (
+        NeuralMemoryModel(MemoryOptions.read(dict(MEMORY_BASE)))
+        if imported == "NeuralMemory"
+        else TransformerModel(TransformerOptions.read(dict(TRANSFORMER_BASE)))
+    ).eval()
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    tokens = "vectors" if imported == "NeuralMemory" else "ids"
+    config = {"library": LIBRARY, "class": imported, "tokenizer": tokens, "options": to_dict(model.options)}
+    save_imported(model, config, tmp_path / "checkpoint")
+    report = export_bundle(tmp_path / "checkpoint", tmp_path / "bundle", formats=[kind])
+    assert report.passed
+    graphs = open_bundle(tmp_path / "bundle").manifest.graphs
+    assert all(kind in graph.formats for graph in graphs.values())
