@@ -22,11 +22,13 @@ from titans_runtime.progress import progress_bar
 
 _TOKENS = 32_768
 """Of a call in PyTorch, over all rows."""
+_MEMORIES = 2**20
+"""Numbers in the readout memories of a call: every row has its own, and all should stay in cache."""
 _STRENGTHS = (0.1, 0.3, 1.0)
 _STEPS = {"readout": (1.0, 3.0, 10.0, 30.0), "prediction": (0.1, 1.0)}
 _CHUNK = {"readout": 4, "prediction": 16}
-_LONGEST = {"prediction": 200}
-"""Tokens of the longest examples that are edited so; an example of 16,384 would take minutes."""
+_LONGEST = {"prediction": 200, "readout": 5_000}
+"""Tokens of the longest examples that are edited so, in PyTorch by autograd: longer ones would take hours."""
 _DEVELOPMENT = 10_000
 """Numbers of development tests begin here."""
 
@@ -151,7 +153,8 @@ def titans_answers(network: Titans, way: Way, batch: Batch) -> Ids:
             return answers(network, batch)
     found = np.full(batch.targets.shape, IGNORED)
     runner = AutogradRunner(network.model.requires_grad_(False), way.editor)
-    for rows in _calls(batch, most=8):  # every row has memories of its own, which should stay in cache
+    memory = network.model.config.readout_height * network.model.config.vocab_size
+    for rows in _calls(batch, most=max(1, _MEMORIES // memory)):
         asked = batch.targets[rows] != IGNORED
         last = int(asked.any(axis=0).nonzero()[0][-1])
         runner.start(len(asked), way.edit[0])

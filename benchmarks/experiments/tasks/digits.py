@@ -89,18 +89,25 @@ def scikit_learn_digits() -> Images:
 
 
 def episodes(
-    generator: np.random.Generator, count: int, images: Images, digits: tuple[int, ...], held_out: bool
+    generator: np.random.Generator,
+    count: int,
+    images: Images,
+    digits: tuple[int, ...],
+    held_out: bool,
+    from_place: int = CLASSES * SHOTS,
 ) -> Batch:
     """``p₁ … p₁₆ label`` for 4 images of each of 3 digits, then for one of each, whose label is asked for.
 
     No image stands in a sequence twice. Labels are three of ten tokens, drawn anew for every sequence.
+    With ``from_place`` below 12, the labels of the images from there on are asked for as well, once their
+    digit has been shown.
     """
-    rows = [_episode(generator, images, digits, held_out) for _ in range(count)]
+    rows = [_episode(generator, images, digits, held_out, from_place) for _ in range(count)]
     return Batch(np.stack([row.tokens for row in rows]), np.stack([row.targets for row in rows]))
 
 
 def _episode(
-    generator: np.random.Generator, images: Images, digits: tuple[int, ...], held_out: bool
+    generator: np.random.Generator, images: Images, digits: tuple[int, ...], held_out: bool, from_place: int
 ) -> Batch:
     chosen = generator.permutation(digits)[:CLASSES]
     names = LABEL + generator.permutation(_LABELS)[:CLASSES]
@@ -116,13 +123,15 @@ def _episode(
     ]
     tokens = np.concatenate([[*images.tokens[index], name] for index, name in order])
     targets = np.full(tokens.shape, IGNORED)
-    for place in range(len(shown), len(order)):
-        targets[place * (PATCHES + 1) + PATCHES - 1] = order[place][1]
+    for place in range(from_place, len(order)):
+        label = order[place][1]
+        if any(name == label for _, name in order[:place]):
+            targets[place * (PATCHES + 1) + PATCHES - 1] = label
     return Batch(tokens, targets)
 
 
 def _draw(generator: np.random.Generator, reach: float, count: int) -> Batch:  # noqa: ARG001
-    return episodes(generator, count, scikit_learn_digits(), KNOWN, held_out=False)
+    return episodes(generator, count, scikit_learn_digits(), KNOWN, held_out=False, from_place=1)
 
 
 def _questions(generator: np.random.Generator, count: int, digits: tuple[int, ...], held_out: bool) -> Batch:

@@ -16,6 +16,10 @@ TRAINING_ASKED = 4
 """Times that the curriculum asks: from one answer in 256 tokens there is little to learn."""
 
 
+_EXAMPLES = {2048: 64, 4096: 64, 8192: 32, 16384: 16}
+"""Of long tests, in place of 128."""
+
+
 def heads(generator: np.random.Generator, count: int, length: int, asked: int = 1) -> Batch:
     """``… S a … S``, of ``length`` tokens: ``a`` is asked for at the end; ``S`` stands nowhere else.
 
@@ -54,11 +58,8 @@ INDUCTION = Task(
     vocab_size=VOCABULARY,
     chance=1 / (VOCABULARY - 1),
     draw=_draw,
-    tests=tuple(
-        _test(2**power, 256 if power <= 10 else 2 ** (18 - power) if power < 14 else 32)
-        for power in range(6, 15)
-    ),
-    development=(_test(192, 128), _test(768, 32)),
-    steps=1000,
+    tests=tuple(_test(2**power, _EXAMPLES.get(2**power, 128)) for power in range(6, 15)),
+    development=(_test(192, 64), _test(768, 32)),
+    steps=500,
     batch=32,
 )

@@ -141,3 +141,12 @@ def test_an_episode_binds_labels_anew_and_repeats_no_image(seed: int, held_out: 
         asked = np.flatnonzero(targets != IGNORED)
         assert list(targets[asked]) == list(blocks[-CLASSES:, -1])
         assert sorted(targets[asked]) == sorted(set(blocks[:-CLASSES, -1]))
+
+
+def test_training_asks_for_every_label_that_was_shown_before() -> None:
+    batch = episodes(np.random.default_rng(0), 4, pictures(), (0, 1, 2), held_out=False, from_place=1)
+    for tokens, targets in zip(*batch, strict=True):
+        labels = tokens.reshape(-1, PATCHES + 1)[:, -1]
+        asked = targets.reshape(-1, PATCHES + 1)[:, PATCHES - 1]
+        for place, (label, target) in enumerate(zip(labels, asked, strict=True)):
+            assert target == (label if label in labels[:place] else IGNORED)
