@@ -59,7 +59,7 @@ def written_out(
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     stand_ins: list[Tensor] = [
         mode.from_tensor(
-            tensor,
+            tensor.contiguous(),  # an example may repeat one row
             source=ConstantSource(f"input_{index}"),
             symbolic_context=StatelessSymbolicContext(
                 # DUCK: one symbol for one size
