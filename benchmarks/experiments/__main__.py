@@ -91,8 +91,9 @@ def run(args: argparse.Namespace) -> None:
                         continue
                     rows += measured(task, contestant, seed, steps[task.name], args.out)
                     write_atomically(path, (json.dumps(rows, indent=1) + "\n").encode())
+    rows = [row for row in rows if row["steps"] == steps[row["task"]]]
     if not rows:
-        raise UsageError(f"{path}: no results yet; run without --table")
+        raise UsageError(f"{path}: no results after so many steps; run without --table")
     command = f"python -m benchmarks.experiments {args.task}"
     text = report.table(args.task, tasks, rows, args.seeds, steps)
     content = f"`{command}`\n\n![{args.task}]({args.task}.png)\n\n{text}\n"

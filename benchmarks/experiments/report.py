@@ -21,18 +21,22 @@ _WAYS = {
     "readout": ", edited at test time (readout)",
     "prediction": ", edited at test time (prediction)",
 }
-_COLOURS = (
-    "#7f7f7f",
-    "#b58900",
-    "#2f6f4f",
-    "#8c6bb1",
-    "#5b7c99",
-    "#c2571a",
-    "#d7301f",
-    "#e08a9b",
-    "#111111",
-    "#1f9e89",
-)
+_COLOURS = {
+    "transformer": "#7f7f7f",
+    "s4d": "#b58900",
+    "mamba": "#2f6f4f",
+    "lstm": "#8c6bb1",
+    "titans-ssm": "#2166ac",
+    "titans-lmm": "#c2571a",
+    "titans-mac": "#b2182b",
+}
+_STYLES = {
+    "as trained": ("-", "o"),
+    "off": (":", "v"),
+    "fused": ("--", "s"),
+    "readout": ("--", "^"),
+    "prediction": (":", "x"),
+}
 
 
 def lines_of(rows: Rows) -> list[tuple[str, str]]:
@@ -56,7 +60,6 @@ def table(name: str, tasks: Sequence[Task], rows: Rows, seeds: Sequence[int], st
         seeds: asked for.
         steps: of training, by task.
     """
-    rows = [row for row in rows if row["steps"] == steps.get(row["task"])]
     parts = []
     for group, tests in grouped(tasks).items():
         for measure, title in (("token", "answers right"), ("exact", "examples with all answers right")):
@@ -151,35 +154,11 @@ def plot(title: str, tasks: Sequence[Task], rows: Rows) -> bytes:
     figure = figure_class(figsize=(5.4 * len(groups) + 3.4, 4.2), layout="constrained")
     panels = figure.subplots(1, len(groups), squeeze=False)[0]
     for axes, (group, tests) in zip(panels, groups.items(), strict=True):
-        sizes = [test.size for test in tests]
-        spaced = min(sizes) > 0
-        for number, (contestant, way) in enumerate(lines_of(rows)):
-            own = [row for row in rows if (row["contestant"], row["way"]) == (contestant, way)]
-            points = [
-                [100 * row["scores"][key(t)]["token"] for row in own if key(t) in row["scores"]]
-                for t in tests
-            ]
-            drawn = [(size, values) for size, values in zip(sizes, points, strict=True) if values]
-            means = [statistics.mean(values) for _, values in drawn]
-            low, high = [min(values) for _, values in drawn], [max(values) for _, values in drawn]
-            spread = [
-                [m - one for m, one in zip(means, low, strict=True)],
-                [one - m for m, one in zip(means, high, strict=True)],
-            ]
-            style = {
-                "color": _COLOURS[number % len(_COLOURS)],
-                "marker": "o",
-                "ms": 4,
-                "capsize": 2,
-                "lw": 1.3,
-            }
-            style["ls"] = "-" if way == "as trained" else "--"
-            axes.errorbar(
-                [size for size, _ in drawn], means, yerr=spread, label=label(contestant, way), **style
-            )
-        if spaced:
+        for contestant, way in lines_of(rows):
+            _draw_line(axes, tests, rows, contestant, way)
+        if min(test.size for test in tests) > 0:
             axes.set_xscale("log", base=2)
-        axes.set_xticks(sizes, [test.label for test in tests])
+        axes.set_xticks([test.size for test in tests], [test.label for test in tests])
         axes.minorticks_off()
         axes.axhline(100 * tasks[0].chance, color="black", lw=0.7, ls=":")
         axes.set_xlabel(group)
@@ -193,3 +172,29 @@ def plot(title: str, tasks: Sequence[Task], rows: Rows) -> bytes:
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
     return image.getvalue()
+
+
+def _draw_line(axes: Any, tests: Sequence[Test], rows: Rows, contestant: str, way: str) -> None:  # noqa: ANN401
+    """Mean and range over the seeds, where a test was asked."""
+    own = [row["scores"] for row in rows if (row["contestant"], row["way"]) == (contestant, way)]
+    points = {
+        test.size: [100 * scores[key(test)]["token"] for scores in own if key(test) in scores]
+        for test in tests
+    }
+    points = {size: shares for size, shares in points.items() if shares}
+    means = [statistics.mean(shares) for shares in points.values()]
+    below = [statistics.mean(shares) - min(shares) for shares in points.values()]
+    above = [max(shares) - statistics.mean(shares) for shares in points.values()]
+    line, marker = _STYLES[way]
+    axes.errorbar(
+        list(points),
+        means,
+        yerr=[below, above],
+        label=label(contestant, way),
+        color=_COLOURS[contestant],
+        marker=marker,
+        ls=line,
+        ms=4,
+        capsize=2,
+        lw=1.3,
+    )

@@ -149,6 +149,6 @@ DIGITS = Task(
     draw=_draw,
     tests=(_test("known", 0, KNOWN, True, 256), _test("novel", 1, NOVEL, True, 256)),
     development=(_test("known", 0, KNOWN, False, 64),),
-    steps=1200,
+    steps=400,
     batch=32,
 )

@@ -87,7 +87,7 @@ def _task(name: str) -> Task:
             Test("split", name, SPLITS.index(name), 512, partial(_questions, name=name, development=False)),
         ),
         development=(Test("split", name, 0, 64, partial(_questions, name=name, development=True)),),
-        steps=1500,
+        steps=500,
     )
 
 
