@@ -25,8 +25,8 @@ _TOKENS = 32_768
 _MEMORIES = 2**20
 """Numbers in the readout memories of a call: every row has its own, and all should stay in cache."""
 _STRENGTHS = (0.1, 0.3, 1.0)
-_STEPS = {"readout": (1.0, 3.0, 10.0, 30.0), "prediction": (0.1, 1.0)}
-_CHUNK = {"readout": 4, "prediction": 16}
+_STEPS = {"readout": (0.3, 1.0, 3.0), "prediction": (0.1, 1.0)}
+_CHUNK = {"readout": 8, "prediction": 16}
 _LONGEST = {"prediction": 200, "readout": 5_000}
 """Tokens of the longest examples that are edited so, in PyTorch by autograd: longer ones would take hours."""
 _DEVELOPMENT = 10_000

@@ -24,6 +24,7 @@ _TITANS: dict[str, Any] = {
     "head_dim": 32,
     "readout_contexts": (1, 2, 4),
     "readout_buckets": 256,
+    "readout_context_scale": 2.0,  # tokens here are symbols: contexts say more than features
 }
 
 
