@@ -82,7 +82,8 @@ class Loop(Places):
         self.shared = sorted({i - lead for i in self.step_inputs if i >= lead})
         self.order = [i if i < lead else lead + self.shared.index(i - lead) for i in self.step_inputs]
         self.results = [
-            [axis for axis in axes if isinstance(axis, int)] for axes in recurrence.step.output_axes.values()
+            ([axis for axis in axes if isinstance(axis, int)], recurrence.step.dtype(name))
+            for name, axes in recurrence.step.output_axes.items()
         ]
 
     def forward(self, inputs: list[Tensor]) -> list[Tensor]:
@@ -113,7 +114,8 @@ class Loop(Places):
     def rooms(self, tiles: list[Tensor], carry: list[Tensor]) -> list[Tensor]:
         """Zeros for what every tile puts out."""
         number, batch = tiles[0].size(0), carry[0].size(0)
-        return [carry[0].new_zeros([number, batch, *self.results[i]]) for i in self.streamed]
+        kinds = (self.results[i] for i in self.streamed)
+        return [torch.zeros([number, batch, *sizes], dtype=dtype) for sizes, dtype in kinds]
 
 
 class OneToken(Places):
@@ -136,12 +138,16 @@ class GradientLoop(Loop):
     def __init__(self, recurrence: RecurrenceProgram) -> None:
         """Trace the derivative of a tile, too."""
         super().__init__(recurrence, reveal=True)
-        moving = {name for name in recurrence.tiles.output_axes if name != "live"} | set(recurrence.carry)
-        names = [name for name in recurrence.step.inputs if name in moving]
+        moving = {*recurrence.tiles.output_axes, *recurrence.carry}
+        names = [
+            name for name, x in recurrence.step.inputs.items() if name in moving and x.is_floating_point()
+        ]
         self.derivative = _derivative(recurrence.step, self.step, names)
         tiles = list(recurrence.tiles.output_axes)
         self.to_tiles = [(names.index(name), tiles.index(name)) for name in names if name in tiles]
-        self.to_carry = [names.index(name) for name in recurrence.carry]
+        self.to_carry = [
+            (names.index(name), place) for place, name in enumerate(recurrence.carry) if name in names
+        ]
 
     def advance(
         self, count: Tensor, tiles: list[Tensor], carry: list[Tensor], shared: list[Tensor]
@@ -175,27 +181,28 @@ class GradientLoop(Loop):
         shared: list[Tensor],
         gradients: list[Tensor],
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Gradients with respect to the tiles that have one, and to the state before the first.
+        """Gradients with respect to what has one of the tiles, and of the state before the first.
 
         ``gradients``: with respect to what :meth:`advance` gives, the state first.
         """
         carried, kinds = len(befores), len(tiles)
-        streamed = gradients[carried:]
+        streamed, moving = gradients[carried:], [place for _, place in self.to_carry]
 
         def body(
             tile: list[Tensor], carry: list[Tensor], shared: list[Tensor]
         ) -> tuple[list[Tensor], list[Tensor]]:
             known = [*tile[: kinds + carried], *shared]
-            of_results = dict(zip(self.carried, carry, strict=True))
+            of_results = dict(zip((self.carried[place] for place in moving), carry, strict=True))
             of_results |= dict(zip(self.streamed, tile[kinds + carried :], strict=True))
             found = self.derivative(
                 *(known[i] for i in self.order), *(of_results[i] for i in sorted(of_results))
             )
-            return [found[i] for i in self.to_carry], [found[i] for i, _ in self.to_tiles]
+            return [found[i] for i, _ in self.to_carry], [found[i] for i, _ in self.to_tiles]
 
         rooms = [tiles[place].new_zeros(tiles[place].shape) for _, place in self.to_tiles]
         every = [*tiles, *befores, *streamed]
-        first, filled = over_tiles(count, every, gradients[:carried], shared, rooms, body, backwards=True)
+        last = [gradients[place] for place in moving]
+        first, filled = over_tiles(count, every, last, shared, rooms, body, backwards=True)
         return filled, first
 
 
@@ -230,15 +237,19 @@ class _Differentiable(torch.autograd.Function):
         tiles, befores = saved[:kinds], saved[kinds : kinds + carried]
         shared = saved[kinds + carried :]
         of_tiles, of_carry = ctx.loop.back(count, tiles, befores, shared, list(gradients))
-        found: list[Tensor | None] = [None] * kinds
+        found: list[Tensor | None] = [None] * (kinds + carried + len(shared))
         for (_, place), gradient in zip(ctx.loop.to_tiles, of_tiles, strict=True):
             found[place] = gradient
-        return (None, None, None, None, *found, *of_carry, *[None] * len(shared))
+        for (_, place), gradient in zip(ctx.loop.to_carry, of_carry, strict=True):
+            found[kinds + place] = gradient
+        return (None, None, None, None, *found)
 
 
 def _derivative(step: Program, module: nn.Module, names: Sequence[str]) -> fx.GraphModule:
     """Inputs of a step and gradients with respect to its results → gradients with respect to ``names``."""
-    of_results = {f"grad.{name}": axes for name, axes in step.output_axes.items()}
+    of_results = {
+        f"grad.{name}": axes for name, axes in step.output_axes.items() if step.dtype(name).is_floating_point
+    }
     batch = step.inputs[names[0]].size(0)
     gradients = [
         torch.zeros([batch if isinstance(axis, str) else axis for axis in axes])
@@ -265,16 +276,15 @@ class _Derivative(nn.Module):
         with torch.enable_grad():
             for place in self.places:
                 given[place] = given[place].detach().requires_grad_()
+            results = [result for result in self.step(*given) if result.is_floating_point()]
             pairs = [
                 (result, gradient)
-                for result, gradient in zip(self.step(*given), tensors[self.count :], strict=True)
+                for result, gradient in zip(results, tensors[self.count :], strict=True)
                 if result.requires_grad
             ]
             leaves = [given[place] for place in self.places]
-            results, gradients = zip(*pairs, strict=True)
-            found: Sequence[Tensor | None] = torch.autograd.grad(
-                results, leaves, gradients, allow_unused=True
-            )
+            moved, gradients = zip(*pairs, strict=True)
+            found: Sequence[Tensor | None] = torch.autograd.grad(moved, leaves, gradients, allow_unused=True)
         return tuple(
             torch.zeros_like(leaf) if one is None else one for one, leaf in zip(found, leaves, strict=True)
         )
