@@ -59,7 +59,7 @@ INDUCTION = Task(
     chance=1 / (VOCABULARY - 1),
     draw=_draw,
     tests=tuple(_test(2**power, _EXAMPLES.get(2**power, 128)) for power in range(6, 15)),
-    development=(_test(192, 64), _test(768, 32)),
+    development=(_test(192, 32), _test(768, 32), _test(3072, 16)),
     steps=500,
     batch=32,
 )
