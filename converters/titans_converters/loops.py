@@ -7,6 +7,7 @@ one whose length is a formula.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -76,11 +77,14 @@ class Loop(Places):
         """``reveal``: see :class:`titans_converters.recurrence.Places`."""
         super().__init__(recurrence, reveal)
         self.tiles = _part(recurrence.tiles)
-        self.step = _part(recurrence.step)
+        self.step, constants = _without_constants(_part(recurrence.step))
+        for index, constant in enumerate(constants):
+            self.register_buffer(f"constant_{index}", constant)
         self.rows = _part(recurrence.rows)
         lead = len(recurrence.tiles.output_axes) + len(self.carry)
         self.shared = sorted({i - lead for i in self.step_inputs if i >= lead})
         self.order = [i if i < lead else lead + self.shared.index(i - lead) for i in self.step_inputs]
+        self.order += range(lead + len(self.shared), lead + len(self.shared) + len(constants))
         self.results = [
             ([axis for axis in axes if isinstance(axis, int)], recurrence.step.dtype(name))
             for name, axes in recurrence.step.output_axes.items()
@@ -92,7 +96,8 @@ class Loop(Places):
         # The last tile is there for rows that begin late.
         count = tiles[self.live].flatten(1).any(1).sum()
         carry = [inputs[i] for i in self.carry]
-        carry, streamed = self.advance(count, tiles, carry, [inputs[i] for i in self.shared])
+        shared = [*(inputs[i] for i in self.shared), *self.buffers(recurse=False)]
+        carry, streamed = self.advance(count, tiles, carry, shared)
         known = [*streamed, *inputs]
         rows = self.rows(*(known[i] for i in self.row_inputs))
         return [rows[0], *carry, *(rows[1:] if self.reveal else ())]
@@ -142,7 +147,8 @@ class GradientLoop(Loop):
         names = [
             name for name, x in recurrence.step.inputs.items() if name in moving and x.is_floating_point()
         ]
-        self.derivative = _derivative(recurrence.step, self.step, names)
+        constants = list(self.buffers(recurse=False))
+        self.derivative = _derivative(recurrence.step, self.step, names, constants)
         tiles = list(recurrence.tiles.output_axes)
         self.to_tiles = [(names.index(name), tiles.index(name)) for name in names if name in tiles]
         self.to_carry = [
@@ -245,8 +251,28 @@ class _Differentiable(torch.autograd.Function):
         return (None, None, None, None, *found)
 
 
-def _derivative(step: Program, module: nn.Module, names: Sequence[str]) -> fx.GraphModule:
-    """Inputs of a step and gradients with respect to its results → gradients with respect to ``names``."""
+def _without_constants(part: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor]]:
+    """The part with its constants as inputs after its own, and the constants: a loop's body has none."""
+    constants: list[Tensor] = []
+    graph = part.graph
+    last = graph.find_nodes(op="placeholder")[-1]
+    for node in graph.find_nodes(op="get_attr"):
+        constants.append(operator.attrgetter(str(node.target))(part).detach())
+        with graph.inserting_after(last):
+            last = graph.placeholder(f"constant_{len(constants) - 1}")
+        node.replace_all_uses_with(last)
+        graph.erase_node(node)
+    for target in (torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.detach_.default):  # of a constant
+        for node in graph.find_nodes(op="call_function", target=target):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    return fx.GraphModule(part, graph), constants  # the traced module itself checks what it is given
+
+
+def _derivative(
+    step: Program, module: nn.Module, names: Sequence[str], constants: Sequence[Tensor]
+) -> fx.GraphModule:
+    """Inputs of a step, constants, gradients with respect to results → those with respect to ``names``."""
     of_results = {
         f"grad.{name}": axes for name, axes in step.output_axes.items() if step.dtype(name).is_floating_point
     }
@@ -257,9 +283,9 @@ def _derivative(step: Program, module: nn.Module, names: Sequence[str]) -> fx.Gr
     ]
     places = [list(step.inputs).index(name) for name in names]
     derivative, _ = written_out(
-        _Derivative(module, places, len(step.inputs)),
-        [*step.inputs.values(), *gradients],
-        [*step.input_axes.values(), *of_results.values()],
+        _Derivative(module, places, len(step.inputs) + len(constants)),
+        [*step.inputs.values(), *constants, *gradients],
+        [*step.input_axes.values(), *(tuple(x.shape) for x in constants), *of_results.values()],
     )
     return derivative
 
