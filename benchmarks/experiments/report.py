@@ -30,6 +30,7 @@ _COLOURS = {
     "titans-lmm": "#c2571a",
     "titans-mac": "#b2182b",
 }
+_MEASURES = {"token": "answers right", "exact": "examples with all answers right"}
 _STYLES = {
     "as trained": ("-", "o"),
     "off": (":", "v"),
@@ -62,7 +63,7 @@ def table(name: str, tasks: Sequence[Task], rows: Rows, seeds: Sequence[int], st
     """
     parts = []
     for group, tests in grouped(tasks).items():
-        for measure, title in (("token", "answers right"), ("exact", "examples with all answers right")):
+        for measure, title in _MEASURES.items():
             if measure == "exact" and not _several(rows, tests):
                 continue
             parts += [f"**{group}: % of {title}**", "", *_lines(rows, tests, measure), ""]
@@ -155,15 +156,16 @@ def plot(title: str, tasks: Sequence[Task], rows: Rows) -> bytes:
     panels = figure.subplots(1, len(groups), squeeze=False)[0]
     for axes, (group, tests) in zip(panels, groups.items(), strict=True):
         for contestant, way in lines_of(rows):
-            _draw_line(axes, tests, rows, contestant, way)
+            _draw_line(axes, tests, rows, contestant, way, tasks[0].measure)
         if min(test.size for test in tests) > 0:
             axes.set_xscale("log", base=2)
         axes.set_xticks([test.size for test in tests], [test.label for test in tests])
         axes.minorticks_off()
-        axes.axhline(100 * tasks[0].chance, color="black", lw=0.7, ls=":")
+        if tasks[0].measure == "token":
+            axes.axhline(100 * tasks[0].chance, color="black", lw=0.7, ls=":")
         axes.set_xlabel(group)
         axes.set_ylim(-3, 103)
-        axes.set_ylabel("answers right, %")
+        axes.set_ylabel(f"{_MEASURES[tasks[0].measure]}, %")
         axes.grid(color="#e3dfd7")
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = panels[0].get_legend_handles_labels()
@@ -174,11 +176,11 @@ def plot(title: str, tasks: Sequence[Task], rows: Rows) -> bytes:
     return image.getvalue()
 
 
-def _draw_line(axes: Any, tests: Sequence[Test], rows: Rows, contestant: str, way: str) -> None:  # noqa: ANN401
+def _draw_line(axes: Any, tests: Sequence[Test], rows: Rows, contestant: str, way: str, measure: str) -> None:  # noqa: ANN401
     """Mean and range over the seeds, where a test was asked."""
     own = [row["scores"] for row in rows if (row["contestant"], row["way"]) == (contestant, way)]
     points = {
-        test.size: [100 * scores[key(test)]["token"] for scores in own if key(test) in scores]
+        test.size: [100 * scores[key(test)][measure] for scores in own if key(test) in scores]
         for test in tests
     }
     points = {size: shares for size, shares in points.items() if shares}

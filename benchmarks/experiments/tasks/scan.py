@@ -88,6 +88,7 @@ def _task(name: str) -> Task:
         ),
         development=(Test("split", name, 0, 64, partial(_questions, name=name, development=True)),),
         steps=500,
+        measure="exact",
     )
 
 

@@ -62,6 +62,7 @@ class Task:
         development: asked to choose how to edit; no example of it is in ``tests``.
         steps: of training, unless another number is asked for.
         batch: rows of a training batch.
+        measure: what is plotted: ``token``, single answers, or ``exact``, examples with all answers right.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Task:
     development: tuple[Test, ...]
     steps: int
     batch: int = 64
+    measure: str = "token"
 
     def training_batch(self, seed: int, step: int, steps: int) -> Batch:
         """The batch of ``step``: the shortest examples for 30 % of a training, all from 70 % on."""
