@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.architectures.variants import VARIANTS
+from benchmarks.command import conclude
 from titans_export.model import TitansModel, state_schema
 from titans_export.training.data import Corpus, load_corpus
 from titans_export.training.evaluate import bits_per_byte
@@ -144,4 +145,4 @@ def _find(rows: Rows, name: str, trained: float, seed: int, steps: int) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    conclude(main)

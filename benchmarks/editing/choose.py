@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 import titans_runtime as tr
+from benchmarks.command import conclude
 from titans_export.pipeline import EDITING_FILE, export_bundle
 from titans_export.training.checkpoint import write_json
 from titans_export.training.data import Source, load_corpus
@@ -86,4 +87,4 @@ def bits(model: tr.Model, sources: list[Source], editor: tr.Editor | None) -> fl
 
 
 if __name__ == "__main__":
-    main()
+    conclude(main)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import titans_runtime as tr
+from benchmarks.command import conclude
 from benchmarks.editing.choose import development_texts
 from benchmarks.editing.run import RESULTS, digest, texts
 from titans_export.pipeline import export_bundle, read_editing
@@ -206,4 +207,4 @@ def plot(results: dict[str, dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    conclude(main)

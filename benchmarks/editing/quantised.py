@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import titans_runtime as tr
+from benchmarks.command import conclude
 from benchmarks.editing.run import RESULTS, digest, texts
 from titans_export.pipeline import export_bundle
 from titans_runtime.progress import progress_bar
@@ -79,4 +80,4 @@ def table(measured: dict[str, dict[str, float]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    conclude(main)

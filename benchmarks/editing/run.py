@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import titans_runtime as tr
+from benchmarks.command import conclude
 from benchmarks.editing.controls import BiasOnly, ShuffledKeys
 from titans_export.pipeline import export_bundle, read_editing
 from titans_export.training.data import Source, load_corpus, stdlib_folder
@@ -127,4 +128,4 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    conclude(main)

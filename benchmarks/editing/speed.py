@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 import titans_runtime as tr
+from benchmarks.command import conclude
 from benchmarks.editing.run import RESULTS
 from titans_export.config import PRESETS
 from titans_export.gradients import editable, prediction
@@ -129,4 +130,4 @@ def clocked(side: Callable[[], object]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    conclude(main)

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 import titans_runtime as tr
+from benchmarks.command import conclude
 from benchmarks.latency.results import RESULTS, publish
 from titans_export.pipeline import export_bundle
 from titans_export.training.data import load_corpus
@@ -181,4 +182,4 @@ def _plot(content: Record) -> bytes:
 
 
 if __name__ == "__main__":
-    main()
+    conclude(main)

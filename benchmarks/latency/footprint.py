@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import conclude
 from benchmarks.latency.models import prepared
 from benchmarks.latency.plots import bars
 from benchmarks.latency.results import publish
@@ -149,4 +150,4 @@ def _plot(content: dict[str, Any]) -> bytes:
 
 
 if __name__ == "__main__":
-    main()
+    conclude(main)

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import conclude
 from benchmarks.latency.footprint import OURS, run_apart
 from benchmarks.latency.models import prepared
 from benchmarks.latency.plots import bars
@@ -133,4 +134,4 @@ def _plot(content: Record, size: str) -> bytes:
 
 
 if __name__ == "__main__":
-    main()
+    conclude(main)

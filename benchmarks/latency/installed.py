@@ -12,6 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.command import conclude
 from benchmarks.latency.plots import bars
 from benchmarks.latency.results import publish
 from titans_runtime.bench.machine import describe, own_versions
@@ -80,4 +81,4 @@ def _largest(sizes: dict[str, int]) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    main()
+    conclude(main)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from benchmarks.command import conclude
 from benchmarks.latency.models import prepared
 from benchmarks.latency.results import RESULTS
 from benchmarks.latency.rows import ROWS
@@ -59,4 +60,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    conclude(main)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.command import conclude
 from benchmarks.latency.plots import bars
 from benchmarks.latency.results import RESULTS
 from benchmarks.latency.rows import LIBRARY, ROWS, Target
@@ -170,4 +171,4 @@ def _ratio(what: str, where: str, row: dict[str, Any], least: float, command: st
 
 
 if __name__ == "__main__":
-    main()
+    conclude(main)

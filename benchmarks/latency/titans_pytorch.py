@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import titans_runtime as tr
+from benchmarks.command import conclude
 from benchmarks.latency.models import cached
 from benchmarks.latency.results import publish
 from titans_export.importers.titans_pytorch.checkpoint import import_checkpoint
@@ -225,4 +226,4 @@ def _make(kind: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    conclude(main)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 import titans_runtime as tr
+from benchmarks.command import conclude
 from benchmarks.serving.plot import plot
 from titans_runtime.bench.machine import describe, own_versions
 from titans_runtime.files import write_atomically
@@ -213,4 +214,4 @@ def table(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    conclude(main)

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 import titans_runtime as tr
+from benchmarks.command import conclude
 from benchmarks.serving.run import RESULTS, TEXT, batched_round, prompts
 from titans_runtime.bench.machine import describe, own_versions
 from titans_runtime.files import write_atomically
@@ -97,4 +98,4 @@ def median(call: Callable[[], object], times: int = 15) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    conclude(main)

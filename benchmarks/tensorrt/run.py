@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.command import conclude
 from benchmarks.tensorrt.launch import Launcher
 from titans_converters.tensorrt.aot import KernelSizes, blocks_for, compile_kernel
 from titans_export.memory import neural_memory, token_loop
@@ -161,4 +162,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    conclude(main)
