@@ -73,7 +73,8 @@ def test_contestants_alternate_and_ratios_are_taken_round_by_round(clock: Clock)
     log: list[str] = []
     ours, other = FakeRunner("ours", 1.0, clock, log), FakeRunner("other", 3.0, clock, log)
     result = measure([contestant(ours), contestant(other)], CASES, VOCAB, rounds=5)
-    assert log == ["ours", "other"] * len(CASES) * 6  # one round compares, five are timed
+    warm = [name for _ in (1, 2) for name in ["ours"] * 40 + ["other"] * 40]  # 160 tokens of each decode case
+    assert log == ["ours", "other"] * len(CASES) + warm + ["ours", "other"] * len(CASES) * 5
     row = result.row("other", Case("decode", 4, 2))
     assert row.ratios == (3.0,) * 5
     assert row.seconds_per_token == 3.0 / 2  # tokens of both streams count
