@@ -144,7 +144,7 @@ def settings(rows: Rows) -> list[str]:
     return [
         f"{row['task']}, seed {row['seed']}, {label(row['contestant'], row['way'])}: {row['setting']}"
         for row in rows
-        if row["setting"] and row["way"] != "as trained"
+        if row["way"] not in ("as trained", "off")
     ]
 
 
