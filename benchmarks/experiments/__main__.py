@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     tasks = EXPERIMENTS[args.task]
     steps = {task.name: args.steps or task.steps for task in tasks}
     path = args.results / f"{args.task}.json"
-    rows: report.Rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    rows = _read(path)
     if not args.table:
         args.results.mkdir(parents=True, exist_ok=True)
         for seed in args.seeds:  # a whole table with one seed comes first
@@ -89,7 +89,8 @@ def run(args: argparse.Namespace) -> None:
                     }
                     if any(all(row[name] == value for name, value in wanted.items()) for row in rows):
                         continue
-                    rows += measured(task, contestant, seed, steps[task.name], args.out)
+                    own = measured(task, contestant, seed, steps[task.name], args.out)
+                    rows = _read(path) + own  # other seeds may have been finished by another process
                     write_atomically(path, (json.dumps(rows, indent=1) + "\n").encode())
     rows = [row for row in rows if row["steps"] == steps[row["task"]]]
     if not rows:
@@ -103,6 +104,11 @@ def run(args: argparse.Namespace) -> None:
     write_atomically(path.with_suffix(".md"), content.encode())
     write_atomically(path.with_suffix(".png"), report.plot(command, tasks, rows))
     print(content)
+
+
+def _read(path: Path) -> report.Rows:
+    rows: report.Rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    return rows
 
 
 def measured(task: Task, contestant: str, seed: int, steps: int, work: Path) -> list[dict[str, Any]]:

@@ -80,7 +80,8 @@ def evaluated(
         scores = {key(test): scored(batch, answers(network, batch)) for test, batch in tests}
         return [{"way": "as trained", "setting": "", "scores": scores}]
     ways = [Way("as trained", network.edit)]
-    ways += chosen_ways(task, network, CONTESTANTS[contestant].ways)
+    names = [name for name in CONTESTANTS[contestant].ways if name in task.ways]
+    ways += chosen_ways(task, network, names)
     export_bundle(checkpoint, bundle)
     model = tr.load(bundle, threads=torch.get_num_threads())
     rows = []

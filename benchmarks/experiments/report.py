@@ -28,6 +28,7 @@ _COLOURS = {
     "lstm": "#8c6bb1",
     "titans-ssm": "#2166ac",
     "titans-lmm": "#c2571a",
+    "titans-delta": "#e08214",
     "titans-mac": "#b2182b",
 }
 _MEASURES = {"token": "answers right", "exact": "examples with all answers right"}
@@ -73,6 +74,12 @@ def table(name: str, tasks: Sequence[Task], rows: Rows, seeds: Sequence[int], st
     chance = ", ".join(f"{task.name} {100 * task.chance:.1f} %" for task in tasks)
     trained = ", ".join(f"{task.name} {steps[task.name]:,}" for task in tasks)
     parts += [f"Chance: {chance}. Steps of training: {trained}. Cells: mean over the seeds (least-greatest)."]
+    parts += [
+        f"{task.name}: a training row begins, with probability {task.carry:g}, with the state that another "
+        "sequence left, where the network has one."
+        for task in tasks
+        if task.carry
+    ]
     return "\n".join(parts)
 
 

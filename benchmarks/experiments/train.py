@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.experiments.contestants import CONTESTANTS
-from benchmarks.experiments.contestants.network import Network
+from benchmarks.experiments.contestants.network import Network, State
 from benchmarks.experiments.contestants.titans import Titans
 from benchmarks.experiments.tasks.task import IGNORED, Batch, Task
 from titans_export.training.checkpoint import read_metadata, read_tensors, save_checkpoint
@@ -40,7 +41,7 @@ class Recipe:
 
 
 class Training:
-    """One contestant on one task with one seed: network, optimizer, step."""
+    """One contestant on one task with one seed: network, optimizer, step, and the state rows go on from."""
 
     def __init__(self, task: Task, contestant: str, seed: int, recipe: Recipe) -> None:
         """Weights follow from the seed."""
@@ -48,6 +49,7 @@ class Training:
         torch.manual_seed(seed)
         self.network: Network = CONTESTANTS[contestant].build(task.vocab_size)
         self.optimizer = _optimizer(self.network, recipe)
+        self.state = self.network.initial_state(task.batch)
         self.step = 0
         self.loss = math.nan
 
@@ -70,7 +72,8 @@ class Training:
         """One optimizer step."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate * self._schedule(step)
-        loss = answer_loss(self.network, self.task.training_batch(self.seed, step, self.recipe.steps))
+        batch = self.task.training_batch(self.seed, step, self.recipe.steps)
+        loss, present = answer_loss(self.network, batch, self.state)
         self.loss = float(loss.detach())
         if not math.isfinite(self.loss):
             raise DataError(
@@ -80,7 +83,18 @@ class Training:
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.state = self._carried(present, step)
         self.step = step + 1
+
+    def _carried(self, present: State, step: int) -> State:
+        """What the next batch's rows begin with: what their row of this batch left, or nothing."""
+        chance = np.random.default_rng([self.seed, step, 1]).random(self.task.batch)
+        goes_on = torch.from_numpy(chance < self.task.carry)
+        initial = self.network.initial_state(self.task.batch)
+        return {
+            name: torch.where(goes_on.view(-1, *[1] * (past.ndim - 1)), past.detach(), initial[name])
+            for name, past in present.items()
+        }
 
     def _schedule(self, step: int) -> float:
         warm_up = max(1, round(self.recipe.warm_up * self.recipe.steps))
@@ -92,6 +106,7 @@ class Training:
     def save(self, path: Path) -> None:
         """Everything that the next step depends on, without pickle."""
         tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
+        tensors |= {f"state.{name}": tensor for name, tensor in self.state.items()}
         for index, slots in self.optimizer.state_dict()["state"].items():
             for slot, value in slots.items():
                 tensors[f"optimizer.{index}.{slot}"] = torch.as_tensor(value)
@@ -112,6 +127,7 @@ class Training:
         if any(saved.get(name) != value for name, value in self._identity().items()):
             raise DataError(f"{path}: belongs to another training; remove it, or give another --out")
         self.network.load_state_dict(_part(tensors, "network."))
+        self.state = _part(tensors, "state.")
         content = self.optimizer.state_dict()
         for name, tensor in _part(tensors, "optimizer.").items():
             index, slot = name.split(".")
@@ -126,15 +142,17 @@ class Training:
             "contestant": self.contestant,
             "seed": self.seed,
             "recipe": asdict(self.recipe),
+            "carry": self.task.carry,
             "shapes": shapes,
         }
 
 
-def answer_loss(network: Network, batch: Batch) -> Tensor:
-    """Mean cross-entropy of the answers that are asked for."""
+def answer_loss(network: Network, batch: Batch, state: State) -> tuple[Tensor, State]:
+    """Mean cross-entropy of the answers that are asked for, and the state after the batch."""
     tokens, targets = torch.from_numpy(batch.tokens), torch.from_numpy(batch.targets)
     asked = targets != IGNORED
-    return F.cross_entropy(network.head(network.features(tokens)[asked]), targets[asked])
+    features, present = network(tokens, state)
+    return F.cross_entropy(network.head(features[asked]), targets[asked]), present
 
 
 def _optimizer(network: Network, recipe: Recipe) -> torch.optim.Optimizer:

@@ -76,6 +76,11 @@ CONTESTANTS: dict[str, Contestant] = {
     "titans-lmm": Contestant(
         "Titans LMM, trained λ = 1", partial(_titans, edit=1.0, **_SSM), ("off", "readout")
     ),
+    "titans-delta": Contestant(
+        "Titans LMM, no retention, trained λ = 1",
+        partial(_titans, edit=1.0, retention=False, **_SSM),
+        ("off", "readout"),
+    ),
     "titans-mac": Contestant(
         "Titans MAC, trained λ = 1", partial(_titans, edit=1.0, architecture="mac", d_ff=64, momentum=False)
     ),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from benchmarks.experiments.contestants.network import Network
+from benchmarks.experiments.contestants.network import Network, State
 from titans_export.layers import RMSNorm
 
 
@@ -20,7 +21,14 @@ class LSTM(Network):
         self.head = nn.Linear(width, vocab_size, bias=False)
         nn.init.normal_(self.head.weight, std=0.02)
 
-    def features(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """See :class:`Network`."""
-        normalised: Tensor = self.norm(self.recurrence(self.embedding(tokens))[0])
-        return normalised
+        past = tuple(state[name].transpose(0, 1).contiguous() for name in ("hidden", "cell"))
+        outputs, present = self.recurrence(self.embedding(tokens), past)
+        hidden, cell = (tensor.transpose(0, 1) for tensor in present)
+        return self.norm(outputs), {"hidden": hidden, "cell": cell}
+
+    def initial_state(self, batch: int) -> State:
+        """See :class:`Network`."""
+        zeros = torch.zeros(batch, self.recurrence.num_layers, self.recurrence.hidden_size)
+        return {"hidden": zeros, "cell": zeros}

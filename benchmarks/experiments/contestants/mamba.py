@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.experiments.contestants.network import Mixer
+from benchmarks.experiments.contestants.network import Mixer, State
 from titans_export.layers import CausalConv
 
 _CHUNK = 256
 """Tokens whose states are held at once."""
+_TAPS = 4
 _LEAST, _MOST = 1e-3, 1e-1  # of Δ to begin with, as in the paper
 
 
@@ -70,7 +71,9 @@ class _SelectiveScan(torch.autograd.Function):
         return by_written * step, by_step + by_written * x, by_rate, by_write, by_read, g
 
 
-def selective_scan(x: Tensor, step: Tensor, rate: Tensor, write: Tensor, read: Tensor) -> Tensor:
+def selective_scan(
+    x: Tensor, step: Tensor, rate: Tensor, write: Tensor, read: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
     """``h_t = e^{Δ_t A} h_{t-1} + Δ_t B_t x_t``, ``y_t = C_t h_t``, ``A`` diagonal: algorithm 2 of the paper.
 
     Args:
@@ -79,15 +82,18 @@ def selective_scan(x: Tensor, step: Tensor, rate: Tensor, write: Tensor, read: T
         rate: ``A (D, N)``.
         write: ``B (B, T, N)``.
         read: ``C (B, T, N)``.
+        state: ``h_0 (B, D, N)``.
+
+    Returns:
+        ``y (B, T, D)`` and the last state.
     """
     x, step, write, read = (tensor.transpose(0, 1).contiguous() for tensor in (x, step, write, read))
-    state = x.new_zeros(*x.shape[1:], rate.shape[1])
     outputs = []
     for start in range(0, len(x), _CHUNK):
         part = slice(start, start + _CHUNK)
         y, state = _SelectiveScan.apply(x[part], step[part], rate, write[part], read[part], state)
         outputs.append(y)
-    return torch.cat(outputs).transpose(0, 1)
+    return torch.cat(outputs).transpose(0, 1), state
 
 
 class Selective(Mixer):
@@ -98,7 +104,10 @@ class Selective(Mixer):
         super().__init__()
         inner, self.states, self.rank = expand * width, states, math.ceil(width / 16)
         self.in_projection = nn.Linear(width, 2 * inner, bias=False)
-        self.convolution = CausalConv(inner, 4)
+        self.convolution = CausalConv(inner, _TAPS)
+        self.bias = nn.Parameter(torch.empty(inner))
+        for parameter in (self.convolution.weight, self.bias):  # all taps alike, as PyTorch's own begins
+            nn.init.uniform_(parameter, -(_TAPS**-0.5), _TAPS**-0.5)
         self.selection = nn.Linear(inner, self.rank + 2 * states, bias=False)
         self.step_projection = nn.Linear(self.rank, inner)
         self.log_rate = nn.Parameter(torch.arange(1.0, states + 1).log().repeat(inner, 1))
@@ -113,13 +122,21 @@ class Selective(Mixer):
         step = torch.exp(math.log(_LEAST) + torch.rand(inner) * math.log(_MOST / _LEAST))
         self.step_projection.bias.copy_(step + torch.log(-torch.expm1(-step)))  # softplus⁻¹
 
-    def forward(self, x: Tensor) -> Tensor:
+    def initial_state(self, batch: int) -> State:
+        """The convolution's past inputs and ``h``."""
+        inner = len(self.direct)
+        return {
+            "conv": torch.zeros(batch, self.convolution.kernel - 1, inner),
+            "state": torch.zeros(batch, inner, self.states),
+        }
+
+    def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """See :class:`Mixer`."""
         x, gate = self.in_projection(x).chunk(2, dim=-1)
-        x, _ = self.convolution(x, x.new_zeros(len(x), self.convolution.kernel - 1, x.shape[-1]))
-        x = F.silu(x)
+        x, tail = self.convolution(x, state["conv"])
+        x = F.silu(x + self.bias)
         step, write, read = self.selection(x).split([self.rank, self.states, self.states], dim=-1)
         step = F.softplus(self.step_projection(step))
-        y = selective_scan(x, step, -self.log_rate.exp(), write, read) + self.direct * x
-        mixed: Tensor = self.out_projection(y * F.silu(gate))
-        return mixed
+        y, present = selective_scan(x, step, -self.log_rate.exp(), write, read, state["state"])
+        mixed = self.out_projection((y + self.direct * x) * F.silu(gate))
+        return mixed, {"conv": tail, "state": present}

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from titans_export.layers import FeedForward, RMSNorm
 
+State = dict[str, Tensor]
+"""What a recurrent network knows of the past, by name, rows first; empty if it cannot be carried."""
+
 
 class Network(nn.Module, ABC):
     """A causal model of token sequences. ``head(features(tokens))`` are its logits.
@@ -17,17 +20,29 @@ class Network(nn.Module, ABC):
 
     head: nn.Linear
 
-    @abstractmethod
     def features(self, tokens: Tensor) -> Tensor:
-        """``(B, T)`` int64 → ``(B, T, width)``."""
+        """``(B, T)`` int64 → ``(B, T, width)``, from the beginning of a stream."""
+        return self(tokens, self.initial_state(len(tokens)))[0]
+
+    @abstractmethod
+    def forward(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+        """:meth:`features` of a stream that goes on from ``state``, and the state after it."""
+
+    @abstractmethod
+    def initial_state(self, batch: int) -> State:
+        """Before the first token."""
 
 
 class Mixer(nn.Module, ABC):
     """What moves information from token to token: ``(B, T, width) → (B, T, width)``, causal."""
 
     @abstractmethod
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """Without norm and residual, which the network adds."""
+
+    def initial_state(self, batch: int) -> State:  # noqa: ARG002
+        """See :class:`Network`; nothing, unless a mixer says otherwise."""
+        return {}
 
 
 class Residual(Network):
@@ -45,15 +60,26 @@ class Residual(Network):
         self.head = nn.Linear(width, vocab_size, bias=False)
         nn.init.normal_(self.head.weight, std=0.02)
 
-    def features(self, tokens: Tensor) -> Tensor:
-        """See :meth:`Network.features`."""
-        x = self.embedding(tokens)
+    def forward(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+        """See :meth:`Network.forward`."""
+        x, present = self.embedding(tokens), {}
         for layer, mixer in enumerate(self.mixers):
-            x = x + mixer(self.mixer_norms[layer](x))
+            prefix = f"{layer}."
+            own = {name.removeprefix(prefix): past for name, past in state.items() if name.startswith(prefix)}
+            mixed, after = mixer(self.mixer_norms[layer](x), own)
+            present |= {prefix + name: tensor for name, tensor in after.items()}
+            x = x + mixed
             if self.feed_forwards:
                 x = x + self.feed_forwards[layer](self.feed_forward_norms[layer](x))
-        normalised: Tensor = self.norm(x)
-        return normalised
+        return self.norm(x), present
+
+    def initial_state(self, batch: int) -> State:
+        """See :class:`Network`."""
+        return {
+            f"{layer}.{name}": tensor
+            for layer, mixer in enumerate(self.mixers)
+            for name, tensor in mixer.initial_state(batch).items()
+        }
 
 
 def parameters(network: nn.Module) -> int:

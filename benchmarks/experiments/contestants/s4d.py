@@ -1,6 +1,7 @@
 """S4D ("On the Parameterization and Initialization of Diagonal State Space Models", arXiv 2206.11893).
 
-A diagonal, time-invariant state-space model for each channel, run as one long convolution.
+A diagonal, time-invariant state-space model for each channel, run as one long convolution, to which a
+state of the past adds.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.experiments.contestants.network import Mixer
+from benchmarks.experiments.contestants.network import Mixer, State
 
 _LEAST, _MOST = 1e-3, 1e-1  # of the step Δ, log-uniform, as in the paper
 
@@ -33,18 +34,24 @@ class DiagonalStateSpace(Mixer):
         self.direct = nn.Parameter(torch.randn(width))
         self.out_projection = nn.Linear(width, 2 * width)
 
-    def kernel(self, length: int) -> Tensor:
-        """``K (width, length)``."""
+    def initial_state(self, batch: int) -> State:
+        """``h (B, width, states / 2)`` as pairs of real numbers."""
+        return {"state": torch.zeros(batch, *self.mix.shape)}
+
+    def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """``h_t = e^{Δ A} h_{t-1} + (e^{Δ A} - 1) / A · x_t``; see :class:`Mixer`."""
+        length, past = x.shape[1], torch.view_as_complex(state["state"])
         rate = torch.complex(-self.log_decay.exp(), self.frequency)
         stepped = rate * self.log_step.exp()[:, None]  # Δ A
-        weight = torch.view_as_complex(self.mix) * (stepped.exp() - 1) / rate
-        powers = torch.exp(stepped[..., None] * torch.arange(length))
-        return 2 * (weight[:, None] @ powers).real[:, 0]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """See :class:`Mixer`."""
-        length = x.shape[1]
+        moved, mix = stepped.exp(), torch.view_as_complex(self.mix)
+        write = (moved - 1) / rate
+        powers = torch.exp(stepped[..., None] * torch.arange(length))  # of 0 … length - 1
+        kernel = 2 * ((mix * write)[:, None] @ powers).real[:, 0]
         channels = x.transpose(1, 2)
-        spectrum = torch.fft.rfft(self.kernel(length), 2 * length) * torch.fft.rfft(channels, 2 * length)
+        spectrum = torch.fft.rfft(kernel, 2 * length) * torch.fft.rfft(channels, 2 * length)
         y = torch.fft.irfft(spectrum, 2 * length)[..., :length] + self.direct[:, None] * channels
-        return F.glu(self.out_projection(F.gelu(y).transpose(1, 2)), dim=-1)
+        y = y + 2 * torch.einsum("bdn,dnt->bdt", mix * moved * past, powers).real
+        written = torch.einsum("bdt,dnt->bdn", channels.to(powers.dtype), powers.flip(-1))
+        present = (length * stepped).exp() * past + write * written
+        mixed = F.glu(self.out_projection(F.gelu(y).transpose(1, 2)), dim=-1)
+        return mixed, {"state": torch.view_as_real(present)}

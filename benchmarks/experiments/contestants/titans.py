@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from benchmarks.experiments.contestants.network import Network
+from benchmarks.experiments.contestants.network import Network, State
 from titans_export.config import ModelConfig
 from titans_export.model import TitansModel
 
@@ -30,18 +30,20 @@ class Titans(Network):
         """The model's."""
         return self.model.head
 
-    def features(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """See :class:`Network`; a long stream goes segment by segment, its state carried."""
         edit = torch.tensor([self.edit]).expand(len(tokens), -1)
-        names = ("context", "readout")  # of the readout memory, which is edited in the runtime only
-        state = {name: x for name, x in self.model.initial_state(len(tokens)).items() if name not in names}
         length = tokens.shape[1] if torch.is_grad_enabled() else _SEGMENT
         parts = []
         for part in tokens.split(length, dim=1):
-            features, present = self.model.features(part, edit, state)
+            features, state = self.model.features(part, edit, state)
             parts.append(features)
-            state |= present
-        return torch.cat(parts, dim=1)
+        return torch.cat(parts, dim=1), state
+
+    def initial_state(self, batch: int) -> State:
+        """Without the entries of the readout memory, which is edited in the runtime only."""
+        state = self.model.initial_state(batch)
+        return {name: tensor for name, tensor in state.items() if name not in ("context", "readout")}
 
 
 def strengths(layers: int, values: Sequence[float]) -> list[tuple[float, ...]]:

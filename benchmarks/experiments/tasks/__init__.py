@@ -2,7 +2,7 @@
 
 from benchmarks.experiments.tasks.copying import COPY
 from benchmarks.experiments.tasks.digits import DIGITS
-from benchmarks.experiments.tasks.induction import INDUCTION
+from benchmarks.experiments.tasks.induction import FRESH, INDUCTION
 from benchmarks.experiments.tasks.recall import MQAR
 from benchmarks.experiments.tasks.scan import SCAN
 from benchmarks.experiments.tasks.selective import SELECTIVE
@@ -11,6 +11,7 @@ from benchmarks.experiments.tasks.task import Task
 EXPERIMENTS: dict[str, tuple[Task, ...]] = {
     "mqar": (MQAR,),
     "induction": (INDUCTION,),
+    "induction-fresh": (FRESH,),
     "copy": (COPY,),
     "selective": (SELECTIVE,),
     "scan": SCAN,

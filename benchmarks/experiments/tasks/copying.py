@@ -43,4 +43,5 @@ COPY = Task(
     tests=tuple(_test(length, 128 if length <= 128 else 32) for length in (16, 32, 64, 128, 256, 512, 1024)),
     development=(_test(48, 32), _test(192, 16)),
     steps=500,
+    ways=("off", "fused", "readout"),
 )

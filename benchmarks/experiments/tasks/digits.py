@@ -21,16 +21,21 @@ CLASSES = 3
 """Digits of a sequence."""
 SHOTS = 4
 """Labelled images of each; then one image of each is asked for."""
-PATCHES = 16
+SIDE = 4
+PATCHES = 4
 CODES = 48
-"""Patch tokens: patches of 2 × 2 pixels, quantised."""
+"""Patch tokens: the four quarters of an image, 4 × 4 pixels each, quantised.
+
+Between digits of three classes, the share of equal tokens finds the right one of four images each in 88 %
+(training's classes) and 73 % (held-out classes); the distance of their centres in 95 % and 85 %.
+"""
 LABEL = CODES
 _LABELS = 10
 _ROUNDS = 12
 
 
 class Images(NamedTuple):
-    """``tokens (N, 16)``, a patch each; ``labels (N,)``; ``held_out (N,)``: images for tests alone."""
+    """``tokens (N, 4)``, a patch each; ``labels (N,)``; ``held_out (N,)``: images for tests alone."""
 
     tokens: Ids
     labels: Ids
@@ -38,9 +43,10 @@ class Images(NamedTuple):
 
 
 def patches(images: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """``(N, 8, 8) → (N, 16, 4)``, row by row."""
-    count = len(images)
-    return images.reshape(count, 4, 2, 4, 2).transpose(0, 1, 3, 2, 4).reshape(count, PATCHES, 4)
+    """``(N, 8, 8) → (N, 4, 16)``, row by row."""
+    rows = 8 // SIDE
+    cut = images.reshape(len(images), rows, SIDE, rows, SIDE)
+    return cut.transpose(0, 1, 3, 2, 4).reshape(len(images), PATCHES, SIDE**2)
 
 
 def codebook(points: npt.NDArray[np.float64], size: int, seed: int = 0) -> npt.NDArray[np.float64]:
@@ -57,7 +63,7 @@ def codebook(points: npt.NDArray[np.float64], size: int, seed: int = 0) -> npt.N
 
 
 def quantised(points: npt.NDArray[np.float64], centres: npt.NDArray[np.float64]) -> Ids:
-    """The nearest centre of each of ``points (…, 4)``."""
+    """The nearest centre of each of ``points (…, size)``."""
     distance = -2 * points @ centres.T + (centres**2).sum(-1)
     nearest: Ids = distance.argmin(-1)
     return nearest
@@ -67,7 +73,7 @@ def tokenised(images: npt.NDArray[np.float64], labels: Ids) -> Images:
     """Patch tokens; the codebook knows training images only."""
     cut = patches(images)
     held_out = np.random.default_rng(0).random(len(images)) < 0.25
-    seen = cut[np.isin(labels, KNOWN) & ~held_out].reshape(-1, 4)
+    seen = cut[np.isin(labels, KNOWN) & ~held_out].reshape(-1, SIDE**2)
     return Images(quantised(cut, codebook(seen, CODES)), labels, held_out)
 
 
@@ -95,19 +101,26 @@ def episodes(
     digits: tuple[int, ...],
     held_out: bool,
     from_place: int = CLASSES * SHOTS,
+    same: float = 0.0,
 ) -> Batch:
-    """``p₁ … p₁₆ label`` for 4 images of each of 3 digits, then for one of each, whose label is asked for.
+    """``p₁ … p₄ label`` for 4 images of each of 3 digits, then for one of each, whose label is asked for.
 
-    No image stands in a sequence twice. Labels are three of ten tokens, drawn anew for every sequence.
-    With ``from_place`` below 12, the labels of the images from there on are asked for as well, once their
-    digit has been shown.
+    No image stands in a sequence twice, unless ``same``, a probability, puts a digit's first image in the
+    place of its others: then there is less to see, and the binding alone to learn. Labels are three of ten
+    tokens, drawn anew for every sequence. With ``from_place`` below 12, the labels of the images from there
+    on are asked for as well, once their digit has been shown.
     """
-    rows = [_episode(generator, images, digits, held_out, from_place) for _ in range(count)]
+    rows = [_episode(generator, images, digits, held_out, from_place, same) for _ in range(count)]
     return Batch(np.stack([row.tokens for row in rows]), np.stack([row.targets for row in rows]))
 
 
 def _episode(
-    generator: np.random.Generator, images: Images, digits: tuple[int, ...], held_out: bool, from_place: int
+    generator: np.random.Generator,
+    images: Images,
+    digits: tuple[int, ...],
+    held_out: bool,
+    from_place: int,
+    same: float,
 ) -> Batch:
     chosen = generator.permutation(digits)[:CLASSES]
     names = LABEL + generator.permutation(_LABELS)[:CLASSES]
@@ -115,6 +128,7 @@ def _episode(
     for digit, name in zip(chosen, names, strict=True):
         own = np.flatnonzero((images.labels == digit) & (images.held_out == held_out))
         picked = generator.choice(own, SHOTS + 1, replace=False)
+        picked = np.where(generator.random(SHOTS + 1) < same, picked[0], picked)
         shown += [(index, name) for index in picked[1:]]
         asked.append((picked[0], name))
     order = [
@@ -130,8 +144,9 @@ def _episode(
     return Batch(tokens, targets)
 
 
-def _draw(generator: np.random.Generator, reach: float, count: int) -> Batch:  # noqa: ARG001
-    return episodes(generator, count, scikit_learn_digits(), KNOWN, held_out=False, from_place=1)
+def _draw(generator: np.random.Generator, reach: float, count: int) -> Batch:
+    images = scikit_learn_digits()
+    return episodes(generator, count, images, KNOWN, held_out=False, from_place=1, same=1.0 - reach)
 
 
 def _questions(generator: np.random.Generator, count: int, digits: tuple[int, ...], held_out: bool) -> Batch:
@@ -149,6 +164,6 @@ DIGITS = Task(
     draw=_draw,
     tests=(_test("known", 0, KNOWN, True, 256), _test("novel", 1, NOVEL, True, 256)),
     development=(_test("known", 0, KNOWN, False, 64),),
-    steps=400,
+    steps=1000,
     batch=32,
 )

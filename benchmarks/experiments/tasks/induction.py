@@ -1,7 +1,12 @@
-"""Induction Head: one token stands out; when it comes again, what followed it the first time?"""
+"""Induction Head: one token stands out; when it comes again, what followed it the first time?
+
+Trained twice: every sequence by itself (``induction-fresh``), and with rows that begin with the state that
+another sequence left ("state passing", Buitrago Ruiz and Gu 2025, arXiv 2507.02782).
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -16,7 +21,7 @@ TRAINING_ASKED = 4
 """Times that the curriculum asks: from one answer in 256 tokens there is little to learn."""
 
 
-_EXAMPLES = {2048: 64, 4096: 64, 8192: 32, 16384: 16}
+_EXAMPLES = {2048: 64, 4096: 64, 8192: 32, 16384: 16, 32768: 4, 65536: 4}
 """Of long tests, in place of 128."""
 
 
@@ -53,8 +58,8 @@ def _test(length: int, examples: int) -> Test:
     return Test("length", f"{length:,}", length, examples, partial(_heads, length=length))
 
 
-INDUCTION = Task(
-    "induction",
+FRESH = Task(
+    "induction-fresh",
     vocab_size=VOCABULARY,
     chance=1 / (VOCABULARY - 1),
     draw=_draw,
@@ -62,4 +67,13 @@ INDUCTION = Task(
     development=(_test(192, 32), _test(768, 32), _test(3072, 16)),
     steps=500,
     batch=32,
+)
+INDUCTION = replace(
+    FRESH,
+    name="induction",
+    tests=tuple(_test(2**power, _EXAMPLES.get(2**power, 128)) for power in range(6, 17)),
+    steps=1000,
+    carry=0.9,
+    curriculum=(0.2, 0.5),
+    ways=(),
 )

@@ -49,4 +49,5 @@ SELECTIVE = Task(
     tests=tuple(_test(length, 128 if length <= 128 else 64) for length in (16, 32, 64, 128, 256, 512, 1024)),
     development=(_test(48, 32), _test(192, 16)),
     steps=500,
+    ways=("off", "fused", "readout"),
 )

@@ -62,6 +62,10 @@ class Task:
         development: asked to choose how to edit; no example of it is in ``tests``.
         steps: of training, unless another number is asked for.
         batch: rows of a training batch.
+        carry: probability that a training row begins with the state that the row before it left, where a
+            network has one; without gradients through it, and no answer depends on anything before it.
+        curriculum: shares of a training where longer examples begin, and where all lengths are reached.
+        ways: to edit Titans models at test time that are asked about; each costs as much time as the test.
         measure: what is plotted: ``token``, single answers, or ``exact``, examples with all answers right.
     """
 
@@ -73,11 +77,15 @@ class Task:
     development: tuple[Test, ...]
     steps: int
     batch: int = 64
+    carry: float = 0.0
+    curriculum: tuple[float, float] = (0.3, 0.7)
+    ways: tuple[str, ...] = ("off", "fused", "readout", "prediction")
     measure: str = "token"
 
     def training_batch(self, seed: int, step: int, steps: int) -> Batch:
-        """The batch of ``step``: the shortest examples for 30 % of a training, all from 70 % on."""
-        reach = min(1.0, max(0.0, (step / steps - 0.3) / 0.4))
+        """The batch of ``step``: the shortest examples to begin with, then longer ones."""
+        begin, end = self.curriculum
+        reach = min(1.0, max(0.0, (step / steps - begin) / (end - begin)))
         return self.draw(np.random.default_rng([seed, step]), reach, self.batch)
 
 

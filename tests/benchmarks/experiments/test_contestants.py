@@ -26,6 +26,21 @@ def test_no_answer_depends_on_what_comes_later(name: str) -> None:
     assert not torch.allclose(one[:, 23], two[:, 23], atol=1e-3)
 
 
+@pytest.mark.parametrize("name", [name for name in CONTESTANTS if name != "transformer"])
+def test_a_stream_goes_on_from_its_state(name: str) -> None:
+    torch.manual_seed(0)
+    network = CONTESTANTS[name].build(16).eval()
+    tokens = torch.randint(0, 16, (2, 50))
+    with torch.no_grad():
+        first, state = network(tokens[:, :37], network.initial_state(2))
+        second, _ = network(tokens[:, 37:], state)
+        assert torch.allclose(torch.cat([first, second], dim=1), network.features(tokens), atol=1e-5)
+
+
+def test_attention_carries_nothing() -> None:
+    assert CONTESTANTS["transformer"].build(16).initial_state(2) == {}
+
+
 def test_all_have_one_number_of_parameters() -> None:
     for tasks in EXPERIMENTS.values():
         counts = [parameters(contestant.build(tasks[0].vocab_size)) for contestant in CONTESTANTS.values()]
@@ -38,14 +53,16 @@ def test_the_selective_scan_is_the_recurrence_and_its_gradient(monkeypatch: pyte
     double = {"dtype": torch.float64, "requires_grad": True}
     x, read, write = (torch.randn(2, 7, n, **double) for n in (3, 4, 4))
     step, rate = torch.rand(2, 7, 3, **double), (-torch.rand(3, 4, dtype=torch.float64)).requires_grad_()
-    state, outputs = torch.zeros(2, 3, 4, dtype=torch.float64), []
+    first = torch.randn(2, 3, 4, **double)
+    state, outputs = first, []
     for t in range(7):
         decay = torch.exp(step[:, t, :, None] * rate)
         state = decay * state + (step * x)[:, t, :, None] * write[:, t, None]
         outputs.append((state * read[:, t, None]).sum(-1))
-    scanned = mamba.selective_scan(x, step, rate, write, read)
+    scanned, last = mamba.selective_scan(x, step, rate, write, read, first)
     assert torch.allclose(scanned, torch.stack(outputs, dim=1), rtol=1e-12)
-    assert torch.autograd.gradcheck(mamba.selective_scan, (x, step, rate, write, read))
+    assert torch.allclose(last, state, rtol=1e-12)
+    assert torch.autograd.gradcheck(mamba.selective_scan, (x, step, rate, write, read, first))
 
 
 def test_the_convolution_of_s4d_is_its_recurrence() -> None:
@@ -60,7 +77,9 @@ def test_the_convolution_of_s4d_is_its_recurrence() -> None:
         state = moved * state + (moved - 1) / rate * x[:, t, :, None]
         outputs.append(2 * (torch.view_as_complex(layer.mix) * state).sum(-1).real + layer.direct * x[:, t])
     expected = F.glu(layer.out_projection(F.gelu(torch.stack(outputs, dim=1))), dim=-1)
-    assert torch.allclose(layer(x), expected, rtol=1e-9)
+    mixed, after = layer(x, {"state": torch.zeros(2, 3, 4, 2, dtype=torch.float64)})
+    assert torch.allclose(mixed, expected, rtol=1e-9)
+    assert torch.allclose(torch.view_as_complex(after["state"]), state, rtol=1e-9)
 
 
 def test_a_long_stream_of_titans_is_cut_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,19 +29,34 @@ def small() -> Task:
     return replace(MQAR, tests=tests, development=(replace(MQAR.tests[0], examples=2),), batch=4)
 
 
-@pytest.mark.parametrize("contestant", ["lstm", "titans-lmm"])
+@pytest.mark.parametrize("contestant", ["lstm", "titans-lmm", "transformer"])
 def test_a_stopped_training_ends_as_an_unbroken_one(tmp_path: Path, contestant: str) -> None:
-    recipe = Recipe(steps=6)
-    whole = Training(small(), contestant, 3, recipe)
+    recipe, task = Recipe(steps=6), replace(small(), carry=0.7)
+    whole = Training(task, contestant, 3, recipe)
     for step in range(6):
         whole.advance(step)
-    first = Training(small(), contestant, 3, recipe)
+    first = Training(task, contestant, 3, recipe)
     for step in range(3):
         first.advance(step)
     first.save(tmp_path / STATE)
-    network = Training(small(), contestant, 3, recipe).run(tmp_path)
+    network = Training(task, contestant, 3, recipe).run(tmp_path)
     for name, tensor in whole.network.state_dict().items():
         assert torch.equal(tensor, network.state_dict()[name]), name
+
+
+def test_some_rows_go_on_from_the_state_that_was_left() -> None:
+    training = Training(replace(small(), batch=40, carry=0.5), "lstm", 0, Recipe(steps=4))
+    training.advance(0)
+    carried = (training.state["cell"] != 0).flatten(1).any(1)
+    assert 10 < int(carried.sum()) < 30
+    assert not training.state["cell"].requires_grad
+    alone = Training(replace(small(), batch=40), "lstm", 0, Recipe(steps=4))
+    alone.advance(0)
+    assert not alone.state["cell"].any()
+    assert alone.loss == training.loss
+    for other in (training, alone):
+        other.advance(1)
+    assert alone.loss != training.loss
 
 
 def test_another_trainings_state_is_refused(tmp_path: Path) -> None:

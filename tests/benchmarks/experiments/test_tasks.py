@@ -113,8 +113,8 @@ def pictures() -> Images:
 
 def test_patches_keep_their_pixels() -> None:
     image = np.arange(64.0).reshape(1, 8, 8)
-    assert patches(image)[0, 0].tolist() == [0, 1, 8, 9]
-    assert patches(image)[0, 5].tolist() == [18, 19, 26, 27]
+    assert patches(image)[0, 0].tolist() == [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27]
+    assert patches(image)[0, 3, 0] == 36
     assert sorted(patches(image).ravel()) == list(range(64))
 
 
@@ -141,6 +141,13 @@ def test_an_episode_binds_labels_anew_and_repeats_no_image(seed: int, held_out: 
         asked = np.flatnonzero(targets != IGNORED)
         assert list(targets[asked]) == list(blocks[-CLASSES:, -1])
         assert sorted(targets[asked]) == sorted(set(blocks[:-CLASSES, -1]))
+
+
+def test_a_training_begins_with_the_same_image_again_and_again() -> None:
+    batch = episodes(np.random.default_rng(0), 4, pictures(), (0, 1, 2), held_out=False, same=1.0)
+    for tokens in batch.tokens:
+        shown = {tuple(block) for block in tokens.reshape(-1, PATCHES + 1)}
+        assert len(shown) == CLASSES
 
 
 def test_training_asks_for_every_label_that_was_shown_before() -> None:
