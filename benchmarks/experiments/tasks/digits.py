@@ -1,7 +1,8 @@
 """Images and labels in one stream: handwritten digits as patch tokens, each followed by its label.
 
 Labels are permuted anew for every sequence, so that no weight can know them; digits 7, 8 and 9 are in no
-training sequence. A model that answers for those has bound a new class to a new label while it ran.
+training sequence. A model that answers for those has bound a new class to a new label while it ran. A test
+asks once: of three that are asked for in turn, the labels already given would betray the last.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ KNOWN, NOVEL = (0, 1, 2, 3, 4, 5, 6), (7, 8, 9)
 CLASSES = 3
 """Digits of a sequence."""
 SHOTS = 4
-"""Labelled images of each; then one image of each is asked for."""
+"""Labelled images of each; then one more image is asked for, in training one more of each."""
 SIDE = 4
 PATCHES = 4
 CODES = 48
@@ -102,15 +103,16 @@ def episodes(
     held_out: bool,
     from_place: int = CLASSES * SHOTS,
     same: float = 0.0,
+    asked: int = 1,
 ) -> Batch:
-    """``p₁ … p₄ label`` for 4 images of each of 3 digits, then for one of each, whose label is asked for.
+    """``p₁ … p₄ label`` for 4 images of each of 3 digits, then for one more of ``asked`` of them.
 
     No image stands in a sequence twice, unless ``same``, a probability, puts a digit's first image in the
     place of its others: then there is less to see, and the binding alone to learn. Labels are three of ten
     tokens, drawn anew for every sequence. With ``from_place`` below 12, the labels of the images from there
     on are asked for as well, once their digit has been shown.
     """
-    rows = [_episode(generator, images, digits, held_out, from_place, same) for _ in range(count)]
+    rows = [_episode(generator, images, digits, held_out, from_place, same, asked) for _ in range(count)]
     return Batch(np.stack([row.tokens for row in rows]), np.stack([row.targets for row in rows]))
 
 
@@ -121,19 +123,20 @@ def _episode(
     held_out: bool,
     from_place: int,
     same: float,
+    asked: int,
 ) -> Batch:
     chosen = generator.permutation(digits)[:CLASSES]
     names = LABEL + generator.permutation(_LABELS)[:CLASSES]
-    shown, asked = [], []
+    shown, questions = [], []
     for digit, name in zip(chosen, names, strict=True):
         own = np.flatnonzero((images.labels == digit) & (images.held_out == held_out))
         picked = generator.choice(own, SHOTS + 1, replace=False)
         picked = np.where(generator.random(SHOTS + 1) < same, picked[0], picked)
         shown += [(index, name) for index in picked[1:]]
-        asked.append((picked[0], name))
+        questions.append((picked[0], name))
     order = [
         *(shown[i] for i in generator.permutation(len(shown))),
-        *(asked[i] for i in generator.permutation(CLASSES)),
+        *(questions[i] for i in generator.permutation(CLASSES)[:asked]),
     ]
     tokens = np.concatenate([[*images.tokens[index], name] for index, name in order])
     targets = np.full(tokens.shape, IGNORED)
@@ -146,7 +149,9 @@ def _episode(
 
 def _draw(generator: np.random.Generator, reach: float, count: int) -> Batch:
     images = scikit_learn_digits()
-    return episodes(generator, count, images, KNOWN, held_out=False, from_place=1, same=1.0 - reach)
+    return episodes(
+        generator, count, images, KNOWN, held_out=False, from_place=1, same=1.0 - reach, asked=CLASSES
+    )
 
 
 def _questions(generator: np.random.Generator, count: int, digits: tuple[int, ...], held_out: bool) -> Batch:
@@ -162,8 +167,9 @@ DIGITS = Task(
     vocab_size=CODES + _LABELS,
     chance=1 / CLASSES,
     draw=_draw,
-    tests=(_test("known", 0, KNOWN, True, 256), _test("novel", 1, NOVEL, True, 256)),
-    development=(_test("known", 0, KNOWN, False, 64),),
+    tests=(_test("known", 0, KNOWN, True, 512), _test("novel", 1, NOVEL, True, 512)),
+    development=(_test("known", 0, KNOWN, False, 128),),
     steps=1000,
     batch=32,
+    ways=("off", "fused", "readout"),
 )
