@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import numpy as np
 
 from titans_runtime.backends import ON_HOST, Array, Arrays, Residence
+from titans_runtime.magnitude import fault
 from titans_runtime.manifest import Manifest
 
 _READOUT = "readout"
@@ -103,17 +103,17 @@ class StateBuffers:
         """Take what the model has written as the state."""
         self.side = 1 - self.side
 
-    def not_finite(self) -> str | None:
-        """Name of an entry that the model has written and that holds a value that is not finite, or None.
+    def fault(self) -> str:
+        """What is wrong with an entry that the model has written, after the entry's name, or nothing.
 
         State on a device is not brought here for this: it is looked at when it is saved.
         """
         if self._residence is not ON_HOST:
-            return None
+            return ""
         for name, array in self.present.items():
-            if array.dtype.kind == "f" and not _is_finite(array.reshape(-1)):
-                return name
-        return None
+            if array.dtype.kind == "f" and (found := fault(array)):
+                return f"{name} is {found}"
+        return ""
 
     def edit_readout(self, rows: Array) -> Array:
         """The readout memory ``(Dr, V)``, for the caller to change ``rows``, each named once."""
@@ -171,9 +171,3 @@ class StateBuffers:
     def present(self) -> Arrays:
         """The entries that the model changes, as they stand."""
         return self._sets[self.side]
-
-
-def _is_finite(array: Array) -> bool:
-    """Whether all of ``array (N,)`` is finite: a sum of squares says so, unless it is too large itself."""
-    with np.errstate(all="ignore"):
-        return math.isfinite(np.dot(array, array)) or bool(np.isfinite(array).all())

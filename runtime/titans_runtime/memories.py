@@ -20,6 +20,7 @@ from titans_runtime.backends import DTYPES, Array, Arrays, Backend
 from titans_runtime.buffers import StateBuffers
 from titans_runtime.editor import Editor, chosen_memories, decays
 from titans_runtime.errors import NumericsError
+from titans_runtime.magnitude import NOT_FINITE, fault
 from titans_runtime.manifest import GraphSpec, TensorSpec
 from titans_runtime.optimizers import OPTIMIZERS, Gates, Step
 from titans_runtime.report import EditReport, Lesson
@@ -235,16 +236,17 @@ class MemoriesEditor:
                 lesson.refused = "time budget spent"
                 break
             after, progress, norms = self._step(values, found)
-            finite = all(np.isfinite(array).all() for array in after.values())
-            if not finite and not editor.rollback:
+            bad = next(filter(None, map(fault, after.values())), "")
+            if bad and not editor.rollback:
                 raise NumericsError(
-                    f"a step of {editor.objective} is not finite; the session is as it was before the call"
+                    f"after a step of {editor.objective} a memory is {bad}; "
+                    "the session is as it was before the call"
                 )
-            measured = finite and (editor.rollback or number + 1 < editor.steps)
+            measured = not bad and (editor.rollback or number + 1 < editor.steps)
             if measured:
                 found = self._evaluate(after, sequence, targets)
                 lesson.loss_after = float(found["loss"][0]) / lesson.learnt
-            lesson.refused = self._refusal_after(lesson, finite)
+            lesson.refused = self._refusal_after(lesson, bad)
             if lesson.refused:
                 break
             values, self._progress, lesson.norms = after, progress, norms
@@ -252,11 +254,11 @@ class MemoriesEditor:
         if lesson.steps:
             self._write(values, sequence)
 
-    def _refusal_after(self, lesson: Lesson, finite: bool) -> str:
-        if not self.editor.rollback:
-            return ""
-        if not finite or not math.isfinite(lesson.loss_after):
-            return "not finite"
+    def _refusal_after(self, lesson: Lesson, bad: str) -> str:
+        if bad or not self.editor.rollback:
+            return bad
+        if not math.isfinite(lesson.loss_after):
+            return NOT_FINITE
         return "loss rose" if lesson.loss_after > lesson.loss else ""
 
     def _step(self, values: Arrays, found: Arrays) -> tuple[Arrays, _Progress, dict[str, float]]:

@@ -237,17 +237,17 @@ class Session:
 
     def _conclude(self, logits: Array, began: int, report: EditReport) -> None:
         """Check what a call has scored and remembered from position ``began`` on, and note it."""
-        broken = self._buffers.not_finite()
+        broken = self._buffers.fault()
         if not np.isfinite(logits).all():
             bad = int(np.argmin(np.isfinite(logits).all(axis=1)))
-            also = f", nor is the state {broken}" if broken else ""
+            also = f", and the state {broken}" if broken else ""
             raise NumericsError(
                 f"logits after token {began + bad} are not finite{also}; "
                 "the session is as it was before the call"
             )
         if broken:
             raise NumericsError(
-                f"the state {broken} is not finite after token {began + len(logits) - 1}; "
+                f"the state {broken} after token {began + len(logits) - 1}; "
                 "the session is as it was before the call"
             )
         self._last_logits = logits[-1].copy()

@@ -247,7 +247,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(
         assert set(session.last_edit.refusals) == {"not finite"}
     else:
         with pytest.raises(
-            tr.NumericsError, match="a step of prediction is not finite; the session is as it"
+            tr.NumericsError, match="a step of prediction a memory is not finite; the session is as it"
         ):
             session.append(TEXT[5:])
         assert_same_snapshot(session.snapshot(), mark)

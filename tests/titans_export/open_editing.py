@@ -39,6 +39,8 @@ class OpenOracle:
         self.model, self.objective, self.step, self.chunk = model, objective, step, chunk
         self.edit = torch.full((1, model.config.layers), edit, dtype=model.head.weight.dtype)
         self.state = model.initial_state(1)
+        self.largest = 0.0
+        """Norm of the largest memory that a step has left."""
 
     def run(self, text: bytes) -> Array:
         """Logits of a whole stream."""
@@ -57,6 +59,7 @@ class OpenOracle:
         """The state after the period, had its memories begun where the step moves them."""
         found = self._gradients(period, target)
         moved = {name: self.state[name] - self.step * gradient for name, gradient in found.items()}
+        self.largest = max(self.largest, *(float(memory.norm()) for memory in moved.values()))
         if "readout" in moved:
             return after | moved
         return self._forward(period, self.state | moved)[1]
