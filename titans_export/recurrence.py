@@ -8,15 +8,17 @@ places before and after it are marked, and a core leaves its state alone there.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from titans_export.loops import Loop, run_loop
+
 Tensors = tuple[Tensor, ...]
 
 
-class Core(Protocol):
+class AnyCore(Protocol):
     """One kind of recurrence, with nothing in it but sizes.
 
     Attributes:
@@ -55,9 +57,31 @@ class Core(Protocol):
         """
         ...
 
+
+class TileCore(AnyCore, Protocol):
+    """A recurrence of one tile after the other."""
+
     def step(self, tokens: Tensors, live: Tensor, carry: Tensors, shared: Tensors) -> tuple[Tensor, Tensors]:
         """One tile: ``(B, H, C, …)`` each, of which ``live (B, C)`` says which tokens are there."""
         ...
+
+
+@runtime_checkable
+class TogetherCore(AnyCore, Protocol):
+    """A recurrence that takes all tiles at once, but for loops within it."""
+
+    def together(
+        self, tokens: Tensors, live: Tensor, carry: Tensors, shared: Tensors, loop: Loop
+    ) -> tuple[Tensor, Tensors]:
+        """All tiles: ``(N, B, H, C, …)`` each, of which ``live (N, B, C)`` says which tokens are there.
+
+        Of a row, all tiles are whole but the first and the last one that has a token; none but the last of
+        all has none.
+        """
+        ...
+
+
+Core = TileCore | TogetherCore
 
 
 Recurrence = Callable[[Core, Tensor, Tensors, Tensors, Tensors], tuple[Tensor, Tensors]]
@@ -83,6 +107,9 @@ def run_core(
         return core.one(tokens, position % core.tile, carry, shared)
     cut = align(position, tokens[0].shape[2], core.tile)
     tiles = [into_tiles(x, cut) for x in tokens]
+    if isinstance(core, TogetherCore):
+        together, carry = core.together(tuple(tiles), cut.live, carry, shared, run_loop)
+        return from_tiles(together, cut), carry
     outputs = []
     for n in range(cut.live.shape[0]):
         y, carry = core.step(tuple(x[n] for x in tiles), cut.live[n], carry, shared)

@@ -8,15 +8,26 @@ import torch
 from torch import Tensor, nn
 
 from titans_converters import memory_op
-from titans_converters.program import Axes, Program, RecurrenceProgram
+from titans_converters.onnx.trace import loop_node
+from titans_converters.program import Axes, LoopProgram, Program, RecurrenceProgram
 from titans_export.config import ModelConfig
+from titans_export.loops import LoopCore
 from titans_export.memory import token_loop
 from titans_export.memory.parts import TILE_PARTS, cut_from_start, tile_parts, tile_step
 from titans_export.memory.segment import SegmentMemory
 from titans_export.memory.tiles import TokenInputs
 from titans_export.memory_layer import Rules
 from titans_export.model import TitansModel
-from titans_export.recurrence import Core, Tensors, align, from_tiles, into_tiles, run_core
+from titans_export.recurrence import (
+    Core,
+    Tensors,
+    TileCore,
+    TogetherCore,
+    align,
+    from_tiles,
+    into_tiles,
+    run_core,
+)
 
 # Example sizes for tracing: unlike each other and unlike any fixed size of a sensible model.
 _BATCH, _TOKENS, _TILES = 11, 37, 13
@@ -52,6 +63,29 @@ def recurrence_program(
     ``width``: of its output; default is that of the first of ``tokens``.
     """
     return _Parts(core, tokens, carry, shared, width).program()
+
+
+def loop_program(core: LoopCore, tiles: Tensors, carry: Tensors, shared: Tensors) -> LoopProgram:
+    """A loop, from examples of what :func:`titans_export.loops.run_loop` is given."""
+    edit, *weights = shared
+    batch: Axes = ("batch",)
+    in_tiles: dict[str, Axes] = {f"tile_{i}": (*batch, *x.shape[2:]) for i, x in enumerate(tiles)}
+    past: dict[str, Axes] = {f"past_{i}": (*batch, *x.shape[1:]) for i, x in enumerate(carry)}
+    axes = in_tiles | past | {"edit": (*batch, *edit.shape[1:])}
+    axes |= {f"weight_{i}": tuple(x.shape) for i, x in enumerate(weights)}
+    outputs: dict[str, Axes] = {f"present_{i}": shape for i, shape in enumerate(past.values())}
+    outputs |= {f"result_{i}": (*batch, *sizes) for i, sizes in enumerate(core.results)}
+    examples = zip(axes, (*tiles, *carry, *shared), strict=True)
+    inputs = {name: torch.zeros(_sizes(axes[name]), dtype=x.dtype) for name, x in examples}
+    dtypes = {f"present_{i}": x.dtype for i, x in enumerate(carry)}
+
+    def step(*given: Tensor) -> Tensors:
+        tile, rest = given[: len(tiles)], given[len(tiles) :]
+        present, results = core.step(tile, rest[: len(carry)], rest[len(carry) :])
+        return *present, *results
+
+    program = Program(f"{core.name}.step", _Function(step), inputs, axes, outputs, dtypes)
+    return LoopProgram(core.name, tuple(in_tiles), tuple(past), program)
 
 
 def exact_program(config: ModelConfig) -> RecurrenceProgram:
@@ -141,9 +175,11 @@ class _Parts:
             apart=self.core.apart,
             one=self._one(),
             tiles=self._tiles(),
-            step=self._step(),
+            step=self._together(self.core) if isinstance(self.core, TogetherCore) else self._step(self.core),
             rows=self._rows(),
             revealed=REVEALED if REVEALED in self.outputs else None,
+            together=isinstance(self.core, TogetherCore),
+            loops=self._loops(self.core) if isinstance(self.core, TogetherCore) else (),
         )
 
     def _one(self) -> Program:
@@ -173,13 +209,44 @@ class _Parts:
         outputs["live"] = ("tiles", "batch", self.core.tile)
         return self._program("tiles", tiles, self.tokens, outputs)
 
-    def _step(self) -> Program:
+    def _together(self, core: TogetherCore) -> Program:
+        def together(*inputs: Tensor) -> Tensors:
+            live, *rest = inputs
+            _, tokens, carry, shared = self._unpack((live, *rest))
+            output, present = core.together(tokens, live, carry, shared, loop_node)
+            return output, *present
+
+        outputs: dict[str, Axes] = {"output": ("tiles", *self._tile(self.output)), **self.present}
+        return self._of("together", together, self._tiles_axes() | self.carry | self.shared, outputs)
+
+    def _loops(self, core: TogetherCore) -> tuple[LoopProgram, ...]:
+        """What is called for all tiles, from examples."""
+        found: list[LoopProgram] = []
+
+        def watch(core: LoopCore, tiles: Tensors, carry: Tensors, shared: Tensors) -> tuple[Tensors, Tensors]:
+            found.append(loop_program(core, tiles, carry, shared))
+            lead = tiles[0].shape[:2]
+            return carry, tuple(tiles[0].new_zeros(*lead, *sizes) for sizes in core.results)
+
+        inputs = self._examples(self._tiles_axes() | self.carry | self.shared)
+        live, *rest = inputs.values()
+        _, tokens, carry, shared = self._unpack((live, *rest))
+        with torch.no_grad():
+            core.together(tokens, live, carry, shared, watch)
+        return tuple(found)
+
+    def _tiles_axes(self) -> dict[str, Axes]:
+        """Of what all tiles are given."""
+        live: dict[str, Axes] = {"live": ("tiles", "batch", self.core.tile)}
+        return live | {name: ("tiles", *self._tile(axes)) for name, axes in self.tokens.items()}
+
+    def _step(self, core: TileCore) -> Program:
         def step(*inputs: Tensor) -> Tensors:
             live, *rest = inputs
             _, tokens, carry, shared = self._unpack((live, *rest))
-            if isinstance(self.core, SegmentMemory):
-                return _revealing(*self.core.step_and_inputs(tokens, live, carry, shared))
-            output, present = self.core.step(tokens, live, carry, shared)
+            if isinstance(core, SegmentMemory):
+                return _revealing(*core.step_and_inputs(tokens, live, carry, shared))
+            output, present = core.step(tokens, live, carry, shared)
             return output, *present
 
         tokens = {name: self._tile(axes) for name, axes in self.tokens.items()}
@@ -219,12 +286,14 @@ class _Parts:
     def _of(
         self, name: str, function: Callable[..., Tensors], axes: dict[str, Axes], outputs: dict[str, Axes]
     ) -> Program:
-        inputs = {
+        full_name = f"{self.core.name}.{name}"
+        return Program(full_name, _Function(function), self._examples(axes), axes, outputs, self.dtypes)
+
+    def _examples(self, axes: dict[str, Axes]) -> dict[str, Tensor]:
+        return {
             key: torch.zeros(_sizes(shape), dtype=self.dtypes.get(key, torch.float32))
             for key, shape in axes.items()
         }
-        full_name = f"{self.core.name}.{name}"
-        return Program(full_name, _Function(function), inputs, axes, outputs, self.dtypes)
 
 
 def _revealing(output: Tensor, present: Tensors, inputs: TokenInputs) -> Tensors:

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from titans_converters.exported import export, written_out
 from titans_converters.gradient_module import Gradient
-from titans_converters.loops import GradientLoop, Loop, OneToken, without_operators
+from titans_converters.loops import OneToken, both_ways, forwards, without_operators
 from titans_converters.program import Axes, Program, RecurrenceProgram
 from titans_converters.twins import GradientTwin, description, revealing
 from titans_runtime.errors import EnvironmentProblem
@@ -135,13 +135,13 @@ def _models(
     if isinstance(program, GradientTwin):
         known = {one.name: one for one in recurrences}
         traced, layers = revealing(program.model, program.memories, known)
-        model = without_operators(traced, recurrences, GradientLoop)
+        model = without_operators(traced, recurrences, both_ways)
         module: nn.Module = _Listed(Gradient(program, _Unlisted(model), layers))
         inputs = _examples(program)
         yield ANY, *_flat(module, inputs, list(program.input_axes.values()))
         return
     inputs, axes = list(program.inputs.values()), list(program.input_axes.values())
-    yield ANY, *_flat(without_operators(export(program).module(), recurrences, Loop), inputs, axes)
+    yield ANY, *_flat(without_operators(export(program).module(), recurrences, forwards), inputs, axes)
     if any(recurrence.apart for recurrence in recurrences) or not _streams(program):
         return
     single = [_first_token(x, shape) for x, shape in zip(inputs, axes, strict=True)]

@@ -8,8 +8,8 @@ one whose length is a formula.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,26 +17,32 @@ from torch._higher_order_ops.while_loop import while_loop_op
 
 from titans_converters.exported import attributes_of, export, operator_of, without_checks, written_out
 from titans_converters.onnx.sinkhorn import doubly_stochastic
-from titans_converters.program import Program, RecurrenceProgram
-from titans_converters.recurrence import Places
+from titans_converters.program import LoopProgram, Program, RecurrenceProgram
+from titans_converters.recurrence import LoopPlaces, Places
 
 Body = Callable[[list[Tensor], list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor]]]
 """A tile's tensors, what is carried, what all tiles share → what is carried on, what the tile puts out."""
 
 
+_Operator = TypeVar("_Operator", RecurrenceProgram, LoopProgram)
+
+
 def without_operators(
     traced: fx.GraphModule,
-    recurrences: Sequence[RecurrenceProgram],
-    loop: Callable[[RecurrenceProgram], nn.Module],
+    programs: Sequence[_Operator],
+    module: Callable[[_Operator], nn.Module],
 ) -> fx.GraphModule:
     """The traced graph, with modules in place of operators of ours. Changes ``traced``.
 
-    ``loop``: makes a recurrence's module, :class:`Loop` or another.
+    Args:
+        traced: the graph.
+        programs: what its operators stand for.
+        module: makes an operator's module, :func:`forwards` or another.
 
     Raises:
-        ValueError: a node of ours has no recurrence.
+        ValueError: a node of ours has no program.
     """
-    known = {recurrence.name: recurrence for recurrence in recurrences}
+    known = {program.name: program for program in programs}
     for node in without_checks(traced).graph.nodes:
         name = operator_of(node)
         if name is None:
@@ -45,9 +51,9 @@ def without_operators(
             name = f"Sinkhorn_{node.name}"
             traced.add_module(name, _Sinkhorn(attributes_of(node)["iterations"]))
         elif name not in known:
-            raise ValueError(f"no recurrence for the operator {name}")
+            raise ValueError(f"no program for the operator {name}")
         elif not hasattr(traced, name):
-            traced.add_module(name, loop(known[name]))
+            traced.add_module(name, module(known[name]))
         with traced.graph.inserting_before(node):
             call = traced.graph.call_module(name, (list(node.args[0]),))
         node.replace_all_uses_with(call)
@@ -70,37 +76,35 @@ class _Sinkhorn(nn.Module):
         return [doubly_stochastic(inputs[0], self.iterations)]
 
 
-class Loop(Places):
-    """A recurrence for any number of tokens: a loop over tiles."""
+class _Steps(nn.Module):
+    """A step for every tile: what a recurrence's loop and a loop within one have in common."""
 
-    def __init__(self, recurrence: RecurrenceProgram, reveal: bool = False) -> None:
-        """``reveal``: see :class:`titans_converters.recurrence.Places`."""
-        super().__init__(recurrence, reveal)
-        self.tiles = _part(recurrence.tiles)
-        self.step, constants = _without_constants(_part(recurrence.step))
+    carry: list[int]
+    carried: list[int]
+    streamed: list[int]
+    step_inputs: list[int]
+
+    def prepare(self, step: Program, tiles: Sequence[str], carry: Sequence[str]) -> None:
+        """Trace the step; ``tiles`` and ``carry``: names of what it is given anew for every tile."""
+        self.step, constants = _without_constants(_part(step))
         for index, constant in enumerate(constants):
             self.register_buffer(f"constant_{index}", constant)
-        self.rows = _part(recurrence.rows)
-        lead = len(recurrence.tiles.output_axes) + len(self.carry)
+        lead = len(tiles) + len(carry)
         self.shared = sorted({i - lead for i in self.step_inputs if i >= lead})
         self.order = [i if i < lead else lead + self.shared.index(i - lead) for i in self.step_inputs]
         self.order += range(lead + len(self.shared), lead + len(self.shared) + len(constants))
         self.results = [
-            ([axis for axis in axes if isinstance(axis, int)], recurrence.step.dtype(name))
-            for name, axes in recurrence.step.output_axes.items()
+            ([axis for axis in axes if isinstance(axis, int)], step.dtype(name))
+            for name, axes in step.output_axes.items()
         ]
 
-    def forward(self, inputs: list[Tensor]) -> list[Tensor]:
-        """Inputs of the recurrence, in order → the read, the state, and what is revealed."""
-        tiles = list(self.tiles(*(inputs[i] for i in self.tile_inputs)))
-        # The last tile is there for rows that begin late.
-        count = tiles[self.live].flatten(1).any(1).sum()
+    def over(
+        self, count: Tensor, tiles: list[Tensor], inputs: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """All tiles, with whatever else the step takes from ``inputs``."""
         carry = [inputs[i] for i in self.carry]
         shared = [*(inputs[i] for i in self.shared), *self.buffers(recurse=False)]
-        carry, streamed = self.advance(count, tiles, carry, shared)
-        known = [*streamed, *inputs]
-        rows = self.rows(*(known[i] for i in self.row_inputs))
-        return [rows[0], *carry, *(rows[1:] if self.reveal else ())]
+        return self.advance(count, tiles, carry, shared)
 
     def advance(
         self, count: Tensor, tiles: list[Tensor], carry: list[Tensor], shared: list[Tensor]
@@ -123,6 +127,63 @@ class Loop(Places):
         return [torch.zeros([number, batch, *sizes], dtype=dtype) for sizes, dtype in kinds]
 
 
+class Loop(Places, _Steps):
+    """A recurrence for any number of tokens: a loop over tiles."""
+
+    def __init__(self, recurrence: RecurrenceProgram, reveal: bool = False) -> None:
+        """``reveal``: see :class:`titans_converters.recurrence.Places`."""
+        super().__init__(recurrence, reveal)
+        self.tiles, self.rows = _part(recurrence.tiles), _part(recurrence.rows)
+        self.prepare(recurrence.step, list(recurrence.tiles.output_axes), recurrence.carry)
+
+    def forward(self, inputs: list[Tensor]) -> list[Tensor]:
+        """Inputs of the recurrence, in order → the read, the state, and what is revealed."""
+        tiles = list(self.tiles(*(inputs[i] for i in self.tile_inputs)))
+        # The last tile is there for rows that begin late.
+        count = tiles[self.live].flatten(1).any(1).sum()
+        carry, streamed = self.over(count, tiles, inputs)
+        known = [*streamed, *inputs]
+        rows = self.rows(*(known[i] for i in self.row_inputs))
+        return [rows[0], *carry, *(rows[1:] if self.reveal else ())]
+
+
+class TileLoop(LoopPlaces, _Steps):
+    """A loop over tiles, within a recurrence that takes all of them at once."""
+
+    def __init__(self, loop: LoopProgram) -> None:
+        """Trace its step."""
+        super().__init__(loop)
+        self.prepare(loop.step, loop.tiles, loop.carry)
+
+    def forward(self, inputs: list[Tensor]) -> list[Tensor]:
+        """Inputs of the loop, in order → the state and what tiles put out."""
+        tiles = [inputs[i] for i in self.tiles]
+        count = torch.ones([tiles[0].size(0)], dtype=torch.int64).sum()
+        carry, streamed = self.over(count, tiles, inputs)
+        return [*carry, *streamed]
+
+
+class Together(Places):
+    """A recurrence for any number of tokens: all tiles at once, an empty one at the end included."""
+
+    def __init__(
+        self, recurrence: RecurrenceProgram, loop: Callable[[LoopProgram], nn.Module] = TileLoop
+    ) -> None:
+        """``loop``: makes the module of a loop within."""
+        super().__init__(recurrence)
+        self.tiles, self.rows = _part(recurrence.tiles), _part(recurrence.rows)
+        self.step = without_operators(export(recurrence.step).module(), recurrence.loops, loop)
+
+    def forward(self, inputs: list[Tensor]) -> list[Tensor]:
+        """See :meth:`Loop.forward`."""
+        tiles = list(self.tiles(*(inputs[i] for i in self.tile_inputs)))
+        known = [*tiles, *(inputs[i] for i in self.carry), *inputs]
+        results = self.step(*(known[i] for i in self.step_inputs))
+        known = [*(results[i] for i in self.streamed), *inputs]
+        (read,) = self.rows(*(known[i] for i in self.row_inputs))
+        return [read, *(results[i] for i in self.carried)]
+
+
 class OneToken(Places):
     """A recurrence for one token."""
 
@@ -137,23 +198,18 @@ class OneToken(Places):
         return [results[i] for i in self.put_out]
 
 
-class GradientLoop(Loop):
-    """The same, through which autograd goes; reveals what memories are taught."""
+class _GradientSteps(_Steps):
+    """Steps through which autograd goes."""
 
-    def __init__(self, recurrence: RecurrenceProgram) -> None:
-        """Trace the derivative of a tile, too."""
-        super().__init__(recurrence, reveal=True)
-        moving = {*recurrence.tiles.output_axes, *recurrence.carry}
-        names = [
-            name for name, x in recurrence.step.inputs.items() if name in moving and x.is_floating_point()
-        ]
+    def prepare(self, step: Program, tiles: Sequence[str], carry: Sequence[str]) -> None:
+        """Trace the derivative of a step, too."""
+        super().prepare(step, tiles, carry)
+        moving = {*tiles, *carry}
+        names = [name for name, x in step.inputs.items() if name in moving and x.is_floating_point()]
         constants = list(self.buffers(recurse=False))
-        self.derivative = _derivative(recurrence.step, self.step, names, constants)
-        tiles = list(recurrence.tiles.output_axes)
-        self.to_tiles = [(names.index(name), tiles.index(name)) for name in names if name in tiles]
-        self.to_carry = [
-            (names.index(name), place) for place, name in enumerate(recurrence.carry) if name in names
-        ]
+        self.derivative = _derivative(step, self.step, names, constants)
+        self.to_tiles = [(names.index(name), list(tiles).index(name)) for name in names if name in tiles]
+        self.to_carry = [(names.index(name), place) for place, name in enumerate(carry) if name in names]
 
     def advance(
         self, count: Tensor, tiles: list[Tensor], carry: list[Tensor], shared: list[Tensor]
@@ -212,13 +268,35 @@ class GradientLoop(Loop):
         return filled, first
 
 
+class GradientLoop(_GradientSteps, Loop):
+    """A recurrence through which autograd goes; reveals what memories are taught."""
+
+    def __init__(self, recurrence: RecurrenceProgram) -> None:
+        """Trace the derivative of a tile, too."""
+        super().__init__(recurrence, reveal=True)
+
+
+class GradientTileLoop(_GradientSteps, TileLoop):
+    """A loop within a recurrence, through which autograd goes."""
+
+
+def forwards(recurrence: RecurrenceProgram) -> nn.Module:
+    """A recurrence's module for any number of tokens."""
+    return Together(recurrence) if recurrence.together else Loop(recurrence)
+
+
+def both_ways(recurrence: RecurrenceProgram) -> nn.Module:
+    """The same, through which autograd goes."""
+    return Together(recurrence, GradientTileLoop) if recurrence.together else GradientLoop(recurrence)
+
+
 class _Differentiable(torch.autograd.Function):
     """A loop over tiles whose backward pass is a loop over tiles, from the last to the first."""
 
     @staticmethod
     def forward(
         ctx: Any,  # noqa: ANN401 - autograd's
-        loop: GradientLoop,
+        loop: _GradientSteps,
         count: Tensor,
         kinds: int,
         carried: int,
@@ -358,8 +436,17 @@ def over_tiles(
     start = (torch.zeros((), dtype=torch.int64), *(_copy(x) for x in carry), *rooms)
     # The operator itself and not its public face, which calls the compiler for Python to find what is shared.
     loop: Callable[..., Sequence[Tensor]] = while_loop_op
-    _, *end = loop(goes_on, advance, start, (count, *tiles, *shared))
+    _, *end = loop(goes_on, advance, start, (count, *_apart(tiles), *shared))
     return end[:carried], end[carried:]
+
+
+def _apart(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The tensors, copied where they share memory with an earlier one: the compiler refuses such a loop."""
+    seen: set[int] = set()
+    for x in tensors:
+        memory: int = x.untyped_storage()._cdata  # noqa: SLF001 - what tells one storage from another
+        yield _copy(x) if memory in seen else x
+        seen.add(memory)
 
 
 def _copy(x: Tensor) -> Tensor:
@@ -369,4 +456,4 @@ def _copy(x: Tensor) -> Tensor:
 
 def _part(program: Program) -> fx.GraphModule:
     """A part of a recurrence as it was traced."""
-    return without_operators(export(program).module(), (), nn.Module)
+    return without_operators(export(program).module(), (), forwards)

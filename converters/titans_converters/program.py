@@ -48,6 +48,23 @@ class Program:
 
 
 @dataclass(frozen=True)
+class LoopProgram:
+    """A loop over tiles, within a recurrence that takes all of its tiles at once.
+
+    Attributes:
+        name: of the operator.
+        tiles: names of the inputs with an axis of tiles, first; a step is given one element of each.
+        carry: names of the inputs that are state, in the order in which they come out.
+        step: one tile: its tensors, state and all other inputs → state, and what the tile puts out.
+    """
+
+    name: str
+    tiles: tuple[str, ...]
+    carry: tuple[str, ...]
+    step: Program
+
+
+@dataclass(frozen=True)
 class RecurrenceProgram:
     """A recurrence that advances tile by tile, as the parts between which a graph's loop stands.
 
@@ -62,6 +79,9 @@ class RecurrenceProgram:
         tiles: all inputs → the inputs with an axis of tokens, and ``live``, cut into tiles, tiles first.
         step: one tile: its tokens, state and all other inputs → output and state.
         rows: ``tiles.<output>``, the outputs of every tile, and all inputs → output.
+        together: whether ``step`` takes all tiles at once, tiles first, and calls ``loops`` for what goes on
+            from one to the next; otherwise a loop over ``step`` is what happens.
+        loops: what ``step`` calls.
         revealed: name of an output, of ``one``, ``step`` and ``rows``, that gradient graphs alone ask for:
             key, value and gates, which the recurrence derives within itself.
     """
@@ -77,3 +97,5 @@ class RecurrenceProgram:
     step: Program
     rows: Program
     revealed: str | None = None
+    together: bool = False
+    loops: tuple[LoopProgram, ...] = ()

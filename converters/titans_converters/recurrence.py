@@ -5,7 +5,7 @@ TorchScript reads annotations of attributes, which must not be strings: nothing 
 
 from torch import nn
 
-from titans_converters.program import RecurrenceProgram
+from titans_converters.program import LoopProgram, RecurrenceProgram
 
 
 class Places(nn.Module):
@@ -44,6 +44,22 @@ class Places(nn.Module):
         self.row_inputs = [
             _place(name, [f"tiles.{name}" for name in streamed], inputs) for name in recurrence.rows.inputs
         ]
+
+
+class LoopPlaces(nn.Module):
+    """The same for a loop over tiles, which is given all inputs and puts out the state, then its results."""
+
+    streamed: list[int]
+
+    def __init__(self, loop: LoopProgram) -> None:
+        """Read the names."""
+        super().__init__()
+        inputs = list(loop.step.inputs)
+        self.tiles = [inputs.index(name) for name in loop.tiles]
+        self.carry = [inputs.index(name) for name in loop.carry]
+        self.step_inputs = [_place(name, list(loop.tiles), list(loop.carry), inputs) for name in inputs]
+        self.carried = list(range(len(loop.carry)))
+        self.streamed = list(range(len(loop.carry), len(loop.step.output_axes)))
 
 
 def _place(name: str, *lists: list[str]) -> int:

@@ -21,8 +21,8 @@ from torch import Tensor, fx, nn
 from titans_converters.exported import CHECKS, attributes_of, export, operator_of
 from titans_converters.gradient_module import Gradient
 from titans_converters.onnx.sinkhorn import doubly_stochastic
-from titans_converters.program import Program, RecurrenceProgram
-from titans_converters.recurrence import Places
+from titans_converters.program import LoopProgram, Program, RecurrenceProgram
+from titans_converters.recurrence import LoopPlaces, Places
 from titans_converters.twins import GradientTwin, description, revealing
 from titans_runtime.files import write_atomically
 from titans_runtime.quiet import quiet
@@ -106,7 +106,7 @@ def _gradient_script(twin: GradientTwin, recurrences: Sequence[RecurrenceProgram
 
 def _as_script(
     program: Program,
-    recurrences: Sequence[RecurrenceProgram] = (),
+    recurrences: Sequence[RecurrenceProgram | LoopProgram] = (),
     listed: bool = False,
     revealing: fx.GraphModule | None = None,
 ) -> fx.GraphModule:
@@ -135,7 +135,7 @@ def _as_script(
             if name not in loops:
                 raise ValueError(f"program {program.name}: no recurrence for the operator {name}")
             if not hasattr(root, name):
-                root.add_module(name, _Loop(loops[name], revealing is not None))
+                root.add_module(name, _loop(loops[name], revealing is not None))
             values[node] = graph.create_node("call_module", name, ([values[x] for x in node.args[0]],))
         elif node.op == "output":
             results = [values[x] for x in node.args[0]]
@@ -202,6 +202,34 @@ class _Sinkhorn(nn.Module):
         return [doubly_stochastic(logits, self.iterations)]
 
 
+def _loop(program: RecurrenceProgram | LoopProgram, reveal: bool) -> nn.Module:
+    """What stands for an operator."""
+    if isinstance(program, LoopProgram):
+        return _TileLoop(program)
+    return _Together(program) if program.together else _Loop(program, reveal)
+
+
+class _TileLoop(LoopPlaces):
+    """A loop over tiles."""
+
+    def __init__(self, loop: LoopProgram) -> None:
+        super().__init__(loop)
+        self.step = _as_script(loop.step, listed=True)
+
+    def forward(self, inputs: list[Tensor]) -> list[Tensor]:
+        known = [tensor for tensor in inputs]  # noqa: C416 - TorchScript has no list()
+        steps: list[list[Tensor]] = []
+        for n in range(inputs[self.tiles[0]].size(0)):
+            for i in self.tiles:
+                known[i] = inputs[i][n]
+            results: list[Tensor] = self.step(known)
+            steps.append(results)
+            for place, i in enumerate(self.carry):
+                known[i] = results[place]
+        carry = [known[i] for i in self.carry]
+        return carry + [torch.stack([step[i] for step in steps]) for i in self.streamed]
+
+
 class _Loop(Places):
     """A recurrence: one token, or a loop over tiles."""
 
@@ -232,6 +260,38 @@ class _Loop(Places):
 
     def is_apart(self, inputs: list[Tensor]) -> bool:
         """Whether a row's token stands at a place that only a tile takes."""
+        for place in self.apart:  # noqa: SIM110 - TorchScript has no generators
+            if bool((inputs[self.position] % self.tile == place).any()):
+                return True
+        return False
+
+
+class _Together(Places):
+    """A recurrence that takes all tiles at once: one token, or all of them."""
+
+    def __init__(self, recurrence: RecurrenceProgram) -> None:
+        super().__init__(recurrence)
+        self.one = _as_script(recurrence.one, listed=True)
+        self.tiles = _as_script(recurrence.tiles, listed=True)
+        self.step = _as_script(recurrence.step, recurrence.loops, listed=True)
+        self.rows = _as_script(recurrence.rows, listed=True)
+
+    def forward(self, inputs: list[Tensor]) -> list[Tensor]:
+        if inputs[self.counted].size(2) == 1 and not self.is_apart(inputs):
+            single: list[Tensor] = self.one(inputs)
+            return single
+        tiles: list[Tensor] = self.tiles([inputs[i] for i in self.tile_inputs])
+        count = int(
+            tiles[self.live].flatten(1).any(1).sum()
+        )  # the last tile is there for rows that begin late
+        known = [tile[:count] for tile in tiles] + [inputs[i] for i in self.carry] + inputs
+        results: list[Tensor] = self.step([known[i] for i in self.step_inputs])
+        known = [results[i] for i in self.streamed] + inputs
+        rows: list[Tensor] = self.rows([known[i] for i in self.row_inputs])
+        return rows + [results[i] for i in self.carried]
+
+    def is_apart(self, inputs: list[Tensor]) -> bool:
+        """See :class:`_Loop`."""
         for place in self.apart:  # noqa: SIM110 - TorchScript has no generators
             if bool((inputs[self.position] % self.tile == place).any()):
                 return True

@@ -31,7 +31,11 @@ _ARGUMENTS = MEMORY_BASE | {
 
 @pytest.fixture(scope="module")
 def trained() -> NeuralMemoryModel:
-    options = MemoryOptions.read(dict(_ARGUMENTS))
+    return _random(_ARGUMENTS)
+
+
+def _random(arguments: dict[str, Any]) -> NeuralMemoryModel:
+    options = MemoryOptions.read(arguments)
     model = NeuralMemoryModel(options).eval()
     torch.manual_seed(0)
     for parameter in model.parameters():
@@ -41,7 +45,10 @@ def trained() -> NeuralMemoryModel:
 
 @pytest.fixture(scope="module")
 def bundle(trained: NeuralMemoryModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("imported")
+    return _exported(trained, tmp_path_factory.mktemp("imported"))
+
+
+def _exported(trained: NeuralMemoryModel, folder: Path) -> Path:
     config: dict[str, Any] = {"library": LIBRARY, "class": "NeuralMemory", "tokenizer": "vectors"}
     save_imported(trained, config | {"options": to_dict(trained.options)}, folder / "checkpoint")
     export_bundle(folder / "checkpoint", folder / "bundle")  # fails unless the token loop's goldens are met
@@ -78,6 +85,21 @@ def test_a_stream_of_vectors_cut_anywhere(
     assert np.abs(np.concatenate(answers) - expected).max() <= 1e-4 * np.abs(expected).max()
     assert session.position == 40
     assert session.edit == (1.0,)
+
+
+def test_chunks_whose_gradients_are_taken_at_once(tmp_path: Path) -> None:
+    trained = _random(MEMORY_BASE | {"chunk_size": 16})
+    vectors, model = _vectors(70), tr.load(_exported(trained, tmp_path), threads=1)
+    expected = _expected(trained, vectors)
+    for lengths in ([70], [15, 1, 1, 33, 20]):
+        session, start, answers = model.session(), 0, []
+        for length in lengths:
+            answers.append(session.append(vectors[start : start + length]))
+            start += length
+        assert np.abs(np.concatenate(answers) - expected).max() <= 1e-4 * np.abs(expected).max()
+    session = model.session(edit=0.0)
+    session.append(vectors)
+    assert np.abs(session.append(vectors[:1]) - _expected(trained, vectors[:1], edit=0.0)).max() <= 1e-5
 
 
 def test_a_session_is_saved_and_goes_on_bit_for_bit(model: tr.Model, tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from torch import nn
 import titans_runtime as tr
 from tests.runtime.streams import run_graph
 from tests.titans_export.importers.cases import TRANSFORMER_BASE
+from titans_export.importers.titans_pytorch import stream
 from titans_export.importers.titans_pytorch.association import Association
 from titans_export.importers.titans_pytorch.checkpoint import LIBRARY, save_imported
 from titans_export.importers.titans_pytorch.core import Streamed
@@ -23,12 +26,26 @@ from titans_runtime.backends import Array
 
 pytestmark = pytest.mark.suite("titans-pytorch")
 
-_ARGUMENTS = TRANSFORMER_BASE | {"num_longterm_mem_tokens": 2, "sliding_window_attn": True}
+_ARGUMENTS = TRANSFORMER_BASE | {"sliding_window_attn": True}
+_FORMS = {
+    "chunk by chunk": {"num_longterm_mem_tokens": 2},
+    "chunks at once": {
+        "num_longterm_mem_tokens": 4,
+        "neural_memory_segment_len": 4,
+        "neural_mem_weight_residual": True,
+    },
+}
 
 
-@pytest.fixture(scope="module")
-def trained() -> TransformerModel:
-    model = TransformerModel(TransformerOptions.read(dict(_ARGUMENTS))).eval()
+@pytest.fixture(scope="module", params=_FORMS)
+def trained(request: pytest.FixtureRequest) -> Iterator[TransformerModel]:
+    least = 1 if request.param == "chunks at once" else 99
+    with mock.patch.object(stream, "LEAST_TOGETHER", least):
+        yield _random(_ARGUMENTS | _FORMS[request.param])
+
+
+def _random(arguments: dict[str, Any]) -> TransformerModel:
+    model = TransformerModel(TransformerOptions.read(arguments)).eval()
     torch.manual_seed(0)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)

@@ -176,18 +176,20 @@ def test_every_member_is_exported_and_verified(
     ],
 )
 @pytest.mark.parametrize("imported", ["NeuralMemory", "MemoryAsContextTransformer"])
-def test_imported_models(kind: str, imported: str, tmp_path: Path) -> None:
+def test_imported_models(kind: str, imported: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A memory alone, whose tokens are vectors; a transformer, with tokens apart where segments end."""
     import torch
     from torch import nn
 
     from tests.titans_export.importers.cases import MEMORY_BASE, TRANSFORMER_BASE
+    from titans_export.importers.titans_pytorch import stream
     from titans_export.importers.titans_pytorch.checkpoint import LIBRARY, save_imported
     from titans_export.importers.titans_pytorch.neural_memory import NeuralMemoryModel
     from titans_export.importers.titans_pytorch.options import MemoryOptions, TransformerOptions, to_dict
     from titans_export.importers.titans_pytorch.transformer import TransformerModel
     from titans_export.pipeline import export_bundle
 
+    monkeypatch.setattr(stream, "LEAST_TOGETHER", 1)  # as with chunks of a usual size
     model = (
         NeuralMemoryModel(MemoryOptions.read(dict(MEMORY_BASE)))
         if imported == "NeuralMemory"

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.end_to_end.family import MEMORIES
-from titans_converters.loops import GradientLoop, OneToken
+from tests.titans_export.importers.cases import TRANSFORMER_BASE
+from titans_converters.loops import GradientLoop, GradientTileLoop, OneToken, Together
 from titans_converters.program import RecurrenceProgram
 from titans_export.config import PRESETS
+from titans_export.importers.titans_pytorch import stream
+from titans_export.importers.titans_pytorch.core import LibraryCore, Streamed
+from titans_export.importers.titans_pytorch.exportable import ImportedModel
+from titans_export.importers.titans_pytorch.options import TransformerOptions
+from titans_export.importers.titans_pytorch.transformer import TransformerModel
 from titans_export.model import TitansModel
+from titans_export.recurrence import run_core
 from titans_export.recurrence_programs import exact_program, recurrence_programs
 
 SIZES = [(1, 1), (2, 7), (3, 13)]  # the tile has 8 tokens
@@ -78,5 +86,48 @@ def test_results_and_gradients(recurrence: RecurrenceProgram) -> None:
         ]
         gradients = [torch.autograd.grad(loss, leaves) for loss in losses]
         for mine, reference in zip((*found, *gradients[0]), (*expected, *gradients[1]), strict=True):
+            limit = 1e-4 * max(float(reference.detach().abs().max()), 1e-3)
+            torch.testing.assert_close(mine, reference, rtol=0, atol=limit)
+
+
+@pytest.fixture(scope="module", params=[1, 99], ids=["chunks at once", "chunk by chunk"])
+def imported(request: pytest.FixtureRequest) -> tuple[TransformerModel, Together]:
+    """A recurrence that takes all tiles at once, with a loop for each memory."""
+    arguments = TRANSFORMER_BASE | {"neural_mem_weight_residual": True, "neural_memory_segment_len": 4}
+    model = TransformerModel(TransformerOptions.read(arguments)).eval()
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    with mock.patch.object(stream, "LEAST_TOGETHER", request.param):
+        recurrence, _ = ImportedModel(model, {"tokenizer": "ids"}).recurrences()
+        assert recurrence.together
+        return model, Together(recurrence, GradientTileLoop)
+
+
+@pytest.mark.parametrize(("batch", "tokens"), SIZES)
+def test_all_tiles_at_once(imported: tuple[TransformerModel, Together], batch: int, tokens: int) -> None:
+    """Results and gradients are those of the model itself."""
+    model, whole = imported
+    streamed = Streamed(model)
+    torch.manual_seed(0)
+    ids, edit = torch.randint(0, 32, (batch, tokens)), torch.rand(batch, 2)
+    with torch.no_grad():
+        _, *past = streamed(torch.randint(0, 32, (batch, 11)), edit, *streamed.initial_state(batch))
+        weights = dict(model.named_parameters())
+        embedded = model.before(ids)[:, None]
+    leaves = [x.clone().requires_grad_() for x in past if x.is_floating_point()]
+    past[1:] = leaves
+    core = LibraryCore(model, tuple(weights))
+    output, state = run_core(core, past[0], (embedded,), tuple(past), (edit, *weights.values()))
+    expected = [output, *state[1:]]
+    found = whole([past[0], embedded, *past, edit, *weights.values()])
+    assert torch.equal(found.pop(1), state[0])
+    directions = [torch.randn_like(x) for x in expected]
+    gradients = [
+        torch.autograd.grad(results, leaves, directions, allow_unused=True) for results in (found, expected)
+    ]
+    for mine, reference in zip((*found, *gradients[0]), (*expected, *gradients[1]), strict=True):
+        assert (mine is None) == (reference is None)
+        if reference is not None:
             limit = 1e-4 * max(float(reference.detach().abs().max()), 1e-3)
             torch.testing.assert_close(mine, reference, rtol=0, atol=limit)

@@ -1,7 +1,9 @@
 """Recurrences as model-local ONNX functions, put together from traced parts.
 
-The body is ``If (one token, not apart) {one} else {tiles, Scan over step, rows}``. Each part is traced from
-PyTorch by itself, so that what runs in a graph is what runs in training, and only the loop is ours.
+The body is ``If (one token, not apart) {one} else {tiles, Scan over step, rows}``, or with a step that takes
+all tiles together ``{tiles, step, rows}`` and a function, with a ``Scan``, for each loop within the step.
+Each part is traced from PyTorch by itself, so that what runs in a graph is what runs in training, and only
+the loop is ours.
 """
 
 from __future__ import annotations
@@ -14,17 +16,21 @@ import onnx_ir as ir
 from titans_converters import memory_op
 from titans_converters.onnx.function import OPSET
 from titans_converters.onnx.trace import trace_graph
-from titans_converters.program import Program, RecurrenceProgram
+from titans_converters.program import LoopProgram, Program, RecurrenceProgram
 
 KEPT = "kept."
 """Prefix of what a tile is cut from once empty tiles are left out; a converter may leave them in."""
 
 
 class RecurrenceFunctions(NamedTuple):
-    """Bodies of one operator: its own and, where its recurrence reveals something, one that puts that out."""
+    """Bodies of one operator: its own and, where its recurrence reveals something, one that puts that out.
+
+    ``loops``: what the body calls.
+    """
 
     body: ir.Function
     revealing: ir.Function | None
+    loops: list[ir.Function]
 
 
 Parts = Mapping[str, ir.Graph]
@@ -36,9 +42,40 @@ def recurrence_functions(recurrence: RecurrenceProgram) -> RecurrenceFunctions:
     programs = (recurrence.one, recurrence.tiles, recurrence.step, recurrence.rows)
     parts = {program.name: trace_graph(program) for program in programs}
     plain = _function(recurrence, parts, reveal=False)
-    return RecurrenceFunctions(
-        plain, _function(recurrence, parts, reveal=True) if recurrence.revealed else None
+    revealing = _function(recurrence, parts, reveal=True) if recurrence.revealed else None
+    return RecurrenceFunctions(plain, revealing, [_loop_function(loop) for loop in recurrence.loops])
+
+
+def _loop_function(loop: LoopProgram) -> ir.Function:
+    """One ``Scan`` over tiles."""
+    step = loop.step
+    inputs = {name: _like_example(name, step) for name in step.inputs}
+    for name in loop.tiles:
+        inputs[name].shape = ir.Shape([None] * (1 + len(step.input_axes[name])))
+    moving = {name: _like_example(f"step.{name}", step, name) for name in (*loop.carry, *loop.tiles)}
+    parts = {step.name: trace_graph(step)}
+    nodes, outputs = _splice(step, parts, "step.", {**inputs, **moving}, list(step.output_axes))
+    body = ir.Graph(list(moving.values()), list(outputs.values()), nodes=nodes, name="tile")
+    scan = ir.Node(
+        "",
+        "Scan",
+        [inputs[name] for name in (*loop.carry, *loop.tiles)],
+        [ir.AttrGraph("body", body), ir.AttrInt64("num_scan_inputs", len(loop.tiles))],
+        num_outputs=len(step.output_axes),
     )
+    for value, name in zip(scan.outputs, step.output_axes, strict=True):
+        value.name = name
+        _set_type(value, step, name)
+    for value in scan.outputs[len(loop.carry) :]:
+        value.shape = ir.Shape([None] * (1 + len(value.shape or ())))
+    graph = ir.Graph(
+        list(inputs.values()),
+        list(scan.outputs),
+        nodes=[scan],
+        opset_imports={"": OPSET, memory_op.DOMAIN: memory_op.VERSION},
+        name=loop.name,
+    )
+    return ir.Function(memory_op.DOMAIN, loop.name, graph=graph, attributes=[])
 
 
 def _function(recurrence: RecurrenceProgram, parts: Parts, reveal: bool) -> ir.Function:
@@ -105,6 +142,44 @@ def _tiles(
 ) -> ir.Graph:
     cut_nodes, tiles = _splice(recurrence.tiles, parts, "cut.", inputs)
     count_nodes, tiles = _without_empty(tiles)
+    if recurrence.together:
+        nodes, last, streamed_tiles = _together(recurrence, parts, {**inputs, **tiles})
+    else:
+        nodes, last, streamed_tiles = _scan(recurrence, parts, inputs, tiles, names)
+    bindings = {**inputs, **streamed_tiles}
+    streamed = [name for name in names if name in recurrence.rows.output_axes]
+    row_nodes, rows = _splice(recurrence.rows, parts, "rows.", bindings, streamed)
+    results = {**rows, **last}
+    return ir.Graph(
+        [],
+        [results[name] for name in names],
+        nodes=[*cut_nodes, *count_nodes, *nodes, *row_nodes],
+        name="tiles",
+    )
+
+
+Found = tuple[list[ir.Node], dict[str, ir.Value], dict[str, ir.Value]]
+"""Nodes, the state after them by name, and what they put out, ``tiles.<name>``."""
+
+
+def _together(recurrence: RecurrenceProgram, parts: Parts, bindings: Mapping[str, ir.Value]) -> Found:
+    nodes, outputs = _splice(recurrence.step, parts, "step.", bindings, list(recurrence.step.output_axes))
+    output = recurrence.output
+    return (
+        nodes,
+        {name: value for name, value in outputs.items() if name != output},
+        {f"tiles.{output}": outputs[output]},
+    )
+
+
+def _scan(
+    recurrence: RecurrenceProgram,
+    parts: Parts,
+    inputs: Mapping[str, ir.Value],
+    tiles: Mapping[str, ir.Value],
+    names: Sequence[str],
+) -> Found:
+    """A loop over the step."""
     step, carried = recurrence.step, recurrence.carry
     body_inputs = {name: _like_example(f"step.{name}", step, name) for name in (*carried, *tiles)}
     nodes, outputs = _splice(step, parts, "step.", {**inputs, **body_inputs}, names)
@@ -128,18 +203,11 @@ def _tiles(
     last = dict(zip(states, scan.outputs, strict=False))
     # A trace may read sizes off what is not put out here: its tiles are as many as those of the read.
     read = scan.outputs[len(states) + streamed.index(recurrence.output)]
-    bindings = {**inputs, **{f"tiles.{name}": read for name in recurrence.rows.output_axes}}
-    bindings |= {str(value.name): value for value in scan.outputs[len(states) :]}
-    row_nodes, rows = _splice(recurrence.rows, parts, "rows.", bindings, streamed)
+    found = {f"tiles.{name}": read for name in recurrence.rows.output_axes}
+    found |= {str(value.name): value for value in scan.outputs[len(states) :]}
     for name, value in last.items():
         _set_type(value, step, name)
-    results = {**rows, **last}
-    return ir.Graph(
-        [],
-        [results[name] for name in names],
-        nodes=[*cut_nodes, *count_nodes, scan, *row_nodes],
-        name="tiles",
-    )
+    return [scan], last, found
 
 
 def _without_empty(tiles: Mapping[str, ir.Value]) -> tuple[list[ir.Node], dict[str, ir.Value]]:

@@ -23,6 +23,20 @@ REVEALING = "titans.revealing"
 """Where a traced model keeps, beside its functions, those that gradient graphs take in their place."""
 
 
+class Looping(Protocol):
+    """What a node says of its loop."""
+
+    @property
+    def name(self) -> str:
+        """Of the operator."""
+        ...
+
+    @property
+    def results(self) -> list[tuple[int, ...]]:
+        """Sizes of what a tile puts out, without axes of tiles and batch."""
+        ...
+
+
 class Recurrent(Protocol):
     """What a node says of its recurrence."""
 
@@ -98,6 +112,23 @@ def recurrence_node(
     return output, tuple(present)
 
 
+def loop_node(core: Looping, tiles: Tensors, carry: Tensors, shared: Tensors) -> tuple[Tensors, Tensors]:
+    """Stands for a loop over tiles while a model is traced: leaves one ``titans::<name>`` node."""
+    like = tiles[0]
+    outputs = torch.onnx.ops.symbolic_multi_out(
+        f"{memory_op.DOMAIN}::{core.name}",
+        (*tiles, *carry, *shared),
+        {},
+        dtypes=(*(tensor.dtype for tensor in carry), *(like.dtype for _ in core.results)),
+        shapes=(
+            *(tensor.shape for tensor in carry),
+            *((like.shape[0], like.shape[1], *sizes) for sizes in core.results),
+        ),
+        version=memory_op.VERSION,
+    )
+    return tuple(outputs[: len(carry)]), tuple(outputs[len(carry) :])
+
+
 def trace(program: Program, recurrences: Sequence[RecurrenceProgram] = ()) -> ir.Model:
     """Trace ``program`` with free axes, name its tensors, and give its memory nodes their bodies.
 
@@ -120,6 +151,8 @@ def trace(program: Program, recurrences: Sequence[RecurrenceProgram] = ()) -> ir
         if recurrence.name in used and recurrence.name != memory_op.NAME:  # whose body is written by hand
             functions = recurrence_functions(recurrence)
             model.functions[functions.body.identifier()] = functions.body
+            for loop in functions.loops:
+                model.functions[loop.identifier()] = loop
             if functions.revealing is not None:
                 model.meta[REVEALING] = {
                     **model.meta.get(REVEALING, {}),

@@ -15,6 +15,7 @@ from tests.titans_export.importers.cases import (
     TRANSFORMER_CASES,
 )
 from tests.titans_export.importers.library import MEMORY, TRANSFORMER, sequence_for, streamed
+from titans_export.importers.titans_pytorch import stream
 from titans_export.importers.titans_pytorch.core import Streamed
 from titans_export.importers.titans_pytorch.keys import LibraryModel, build_model
 from titans_export.importers.titans_pytorch.options import MemoryOptions, TransformerOptions
@@ -32,12 +33,19 @@ def _random(kind: str, arguments: dict[str, Any]) -> LibraryModel:
     return model
 
 
+@pytest.fixture(params=[1, 99], ids=["chunks at once", "chunk by chunk"])
+def least(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to take gradients, whatever the chunks' size."""
+    monkeypatch.setattr(stream, "LEAST_TOGETHER", request.param)
+
+
 _CASES = [
     *((MEMORY, MEMORY_BASE | case, name) for name, case in MEMORY_CASES.items()),
     *((TRANSFORMER, TRANSFORMER_BASE | TRANSFORMER_CASES[name], name) for name in _TRANSFORMERS),
 ]
 
 
+@pytest.mark.usefixtures("least")
 @pytest.mark.parametrize(("kind", "arguments"), [pytest.param(k, a, id=name) for k, a, name in _CASES])
 def test_streams_answer_as_the_token_loop_does(kind: str, arguments: dict[str, Any]) -> None:
     model = _random(kind, arguments)
@@ -49,6 +57,7 @@ def test_streams_answer_as_the_token_loop_does(kind: str, arguments: dict[str, A
     assert (found - expected).abs().max() <= 1e-10 * expected.abs().max()
 
 
+@pytest.mark.usefixtures("least")
 @pytest.mark.parametrize(("kind", "arguments"), [pytest.param(k, a, id=name) for k, a, name in _CASES])
 def test_the_state_is_that_of_the_token_loop(kind: str, arguments: dict[str, Any]) -> None:
     model = _random(kind, arguments)
@@ -57,39 +66,40 @@ def test_the_state_is_that_of_the_token_loop(kind: str, arguments: dict[str, Any
     row = loop(model, edit[0])
     for token in sequence[0]:
         row.see(token)
-    stream = Streamed(model)
+    streamed_model = Streamed(model)
     with torch.no_grad():
-        _, *state = stream(sequence[:, :7], edit, *stream.initial_state(1))
-        _, *state = stream(sequence[:, 7:], edit, *state)
+        _, *state = streamed_model(sequence[:, :7], edit, *streamed_model.initial_state(1))
+        _, *state = streamed_model(sequence[:, 7:], edit, *state)
     for (name, expected), found in zip(row.state().items(), state, strict=True):
         assert torch.allclose(found[0], expected, rtol=1e-9, atol=1e-9), name
 
 
+@pytest.mark.usefixtures("least")
 def test_rows_stand_at_positions_of_their_own() -> None:
     model = _random(TRANSFORMER, TRANSFORMER_BASE | TRANSFORMER_CASES["sliding window with long-term tokens"])
-    stream = Streamed(model)
+    whole = Streamed(model)
     sequence = sequence_for(model, 2, 40)
     edit = torch.tensor([[1.0, 0.2], [0.0, 1.0]]).double()
     apart, states = [], []
     with torch.no_grad():
         for row, begun in ((0, 7), (1, 12)):
             own, strength = sequence[row : row + 1], edit[row : row + 1]
-            _, *state = stream(own[:, :begun], strength, *stream.initial_state(1))
+            _, *state = whole(own[:, :begun], strength, *whole.initial_state(1))
             states.append(state)
-            apart.append(stream(own[:, begun : begun + 20], strength, *state)[0])
+            apart.append(whole(own[:, begun : begun + 20], strength, *state)[0])
         together = [torch.cat(tensors) for tensors in zip(*states, strict=True)]
         parts = torch.cat([sequence[:1, 7:27], sequence[1:, 12:32]])
-        found = stream(parts, edit, *together)[0]
-        single = stream(parts[:, :1], edit, *together)[0]
+        found = whole(parts, edit, *together)[0]
+        single = whole(parts[:, :1], edit, *together)[0]
     assert torch.allclose(found, torch.cat(apart), rtol=1e-9, atol=1e-9)
     assert torch.allclose(single, torch.cat(apart)[:, :1], rtol=1e-9, atol=1e-9)
 
 
 def test_without_editing_the_memory_stays_as_it_began_bit_for_bit() -> None:
     model = _random(MEMORY, MEMORY_BASE | MEMORY_CASES["gradient norm"])
-    stream = Streamed(model)
+    whole = Streamed(model)
     with torch.no_grad():
-        _, *state = stream(sequence_for(model, 2, 19), torch.zeros(2, 1).double(), *stream.initial_state(2))
+        _, *state = whole(sequence_for(model, 2, 19), torch.zeros(2, 1).double(), *whole.initial_state(2))
     for name, tensor in zip(model.state(), state, strict=True):
         if name.startswith("memory."):
             assert torch.equal(tensor, model.learned_state()[name].expand_as(tensor))

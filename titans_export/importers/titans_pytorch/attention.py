@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from titans_export.importers.titans_pytorch.memory import Projection
 from titans_export.importers.titans_pytorch.options import TransformerOptions
+from titans_export.loops import carried_on
 from titans_export.memory_layer import StateEntry, merge_heads, split_heads
 
 
@@ -29,11 +30,11 @@ class AttentionState(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Where a tile stands.
+    """Where tiles stand.
 
     Attributes:
-        live: ``(B, S)`` bool, which of the segment's tokens are there.
-        segment: ``(B,)`` int64, the segment's number.
+        live: ``(N, B, S)`` bool, which of a segment's tokens are there.
+        segment: ``(N, B)`` int64, the segment's number.
     """
 
     live: Tensor
@@ -79,47 +80,48 @@ class SegmentAttention(nn.Module):
         mix = torch.sigmoid(self.to_value_mix(x)).transpose(1, 2)[..., None]
         return query, key, own + mix * (values - own), own
 
-    def step(
+    def tiles(
         self, x: Tensor, places: Places, state: AttentionState, values: Tensor | None
     ) -> tuple[Tensor, AttentionState, Tensor]:
-        """A segment's tokens after the long-term tokens of the segment before, ``(B, NL + S, dim)``.
+        """Segments, each after the long-term tokens of the segment before, ``(N B, NL + S, dim)``.
 
         Returns:
-            What is attended to, the state after it, and the layer's own values.
+            What is attended to, the state after the last, and the layer's own values.
         """
         window, size = self.options.window, self.options.segment_len
-        lead = window - size
+        lead, segment = window - size, places.segment.flatten()
         query, key, value, own = self.project(x, values)
         coordinates = torch.cat([torch.arange(size, window), torch.arange(size)]).to(x.device)
-        everywhere = self._everywhere(query, torch.arange(-lead, size, device=x.device), places.segment)
+        everywhere = self._everywhere(query, torch.arange(-lead, size, device=x.device), segment)
         query, key = self._turn(query, coordinates), self._turn(key, coordinates)
-        here = places.live[:, None, :, None]
-        now = state._replace(
-            key=torch.where(here, key[:, :, lead:], state.key),
-            value=torch.where(here, value[:, :, lead:], state.value),
-        )
+        here = places.live[:, :, None, :, None]
+        before_key, own_key, last_key = _carried(key[:, :, lead:], here, state.key)
+        before_value, own_value, last_value = _carried(value[:, :, lead:], here, state.value)
+        end = AttentionState(last_key, last_value)
+        keys = torch.cat([before_key, key[:, :, :lead]], dim=2)
+        kept = torch.cat([before_value, value[:, :, :lead]], dim=2)
+        before, now = AttentionState(keys, kept), AttentionState(own_key, own_value)
+        if state.past_key is not None and state.past_value is not None:
+            begins = places.live[:, :, :1, None, None]
+            turned = self._turn(keys, torch.full((1,), -window, device=x.device))
+            past_keys = _carried(turned, begins, state.past_key)
+            past_values = _carried(kept, begins, state.past_value)
+            before, now, end = (
+                one._replace(past_key=past_key, past_value=past_value)
+                for one, past_key, past_value in zip((before, now, end), past_keys, past_values, strict=True)
+            )
         outputs = []
         if lead:
-            keys = torch.cat([state.key, key[:, :, :lead]], dim=2)
-            kept = torch.cat([state.value, value[:, :, :lead]], dim=2)
             own_places = torch.arange(size, window, device=x.device)[None]
-            past = self._past(state, own_places, places.segment - 1)
+            past = self._past(before, own_places, segment - 1)
             asked = None if everywhere is None else everywhere[:, :, :lead]
             outputs.append(self._attend(query[:, :, :lead], keys, kept, own_places, past, asked))
-        if self.options.sliding_window_attn and state.past_key is not None and state.past_value is not None:
-            keys = torch.cat([state.key, key[:, :, :lead]], dim=2)
-            kept = torch.cat([state.value, value[:, :, :lead]], dim=2)
-            begins = places.live[:, 0, None, None, None]
-            back = torch.full((1,), -window, device=x.device)
-            now = now._replace(
-                past_key=torch.where(begins, self._turn(keys, back), state.past_key),
-                past_value=torch.where(begins, kept, state.past_value),
-            )
         own_places = torch.arange(size, device=x.device)[None]
-        past = self._past(now, own_places, places.segment)
+        past = self._past(now, own_places, segment)
         asked = None if everywhere is None else everywhere[:, :, lead:]
         outputs.append(self._attend(query[:, :, lead:], now.key, now.value, own_places, past, asked))
-        return self.to_out(merge_heads(torch.cat(outputs, dim=2))), now, own
+        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+        return self.to_out(merge_heads(y)), end, own
 
     def one(
         self, x: Tensor, place: Tensor, segment: Tensor, state: AttentionState, values: Tensor | None
@@ -192,6 +194,13 @@ class SegmentAttention(nn.Module):
         angle = place[..., None].to(x.dtype) * self.frequencies
         cos, sin = angle.cos(), angle.sin()
         return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
+
+
+def _carried(new: Tensor, there: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`titans_export.loops.carried_on`, for tiles that stand along the batch."""
+    in_tiles = new.reshape(*there.shape[:2], *new.shape[1:])
+    before, after, last = carried_on(in_tiles, there, start)
+    return before.flatten(0, 1), after.flatten(0, 1), last
 
 
 def _masked(scores: Tensor, seen: Tensor) -> Tensor:

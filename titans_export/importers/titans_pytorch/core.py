@@ -1,4 +1,4 @@
-"""An imported model as a recurrence: a tile is a chunk, or a segment, through the whole model."""
+"""An imported model as a recurrence: a tile is a chunk, or a segment; all go through the model at once."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 from titans_export.importers.titans_pytorch.keys import LibraryModel
 from titans_export.importers.titans_pytorch.transformer import TransformerModel
+from titans_export.loops import Loop
 from titans_export.memory_layer import Rules
 from titans_export.recurrence import Tensors
 
@@ -37,20 +38,22 @@ class LibraryCore:
         return self.model.apart
 
     def one(self, tokens: Tensors, place: Tensor, carry: Tensors, shared: Tensors) -> tuple[Tensor, Tensors]:
-        """See :class:`titans_export.recurrence.Core`."""
+        """See :class:`titans_export.recurrence.AnyCore`."""
         del place  # the state knows
         edit, *weights = shared
         y, present = self._call("one", weights, tokens[0].squeeze(1), edit, carry)
         return y[:, None], present
 
-    def step(self, tokens: Tensors, live: Tensor, carry: Tensors, shared: Tensors) -> tuple[Tensor, Tensors]:
-        """See :class:`titans_export.recurrence.Core`."""
+    def together(
+        self, tokens: Tensors, live: Tensor, carry: Tensors, shared: Tensors, loop: Loop
+    ) -> tuple[Tensor, Tensors]:
+        """See :class:`titans_export.recurrence.TogetherCore`."""
         edit, *weights = shared
-        y, present = self._call("step", weights, tokens[0].squeeze(1), live, edit, carry)
-        return y[:, None], present
+        y, present = self._call("together", weights, tokens[0].squeeze(2), live, edit, carry, loop)
+        return y[:, :, None], present
 
     def _call(
-        self, method: str, weights: list[Tensor], *arguments: Tensor | Tensors
+        self, method: str, weights: list[Tensor], *arguments: Tensor | Tensors | Loop
     ) -> tuple[Tensor, Tensors]:
         tensors = {f"model.{name}": weight for name, weight in zip(self.names, weights, strict=True)}
         result: tuple[Tensor, Tensors] = functional_call(_Method(self.model, method), tensors, arguments)
@@ -69,17 +72,19 @@ class StoredCore(LibraryCore):
         return f"{self.model.operator}Stored"
 
     def one(self, tokens: Tensors, place: Tensor, carry: Tensors, shared: Tensors) -> tuple[Tensor, Tensors]:
-        """See :class:`titans_export.recurrence.Core`."""
+        """See :class:`titans_export.recurrence.AnyCore`."""
         del place  # the state knows
         edit, *weights = shared
         y, present = self._call("one_stored", weights, tokens[0].squeeze(1), edit, carry)
         return y[:, None], present
 
-    def step(self, tokens: Tensors, live: Tensor, carry: Tensors, shared: Tensors) -> tuple[Tensor, Tensors]:
-        """See :class:`titans_export.recurrence.Core`."""
+    def together(
+        self, tokens: Tensors, live: Tensor, carry: Tensors, shared: Tensors, loop: Loop
+    ) -> tuple[Tensor, Tensors]:
+        """See :class:`titans_export.recurrence.TogetherCore`."""
         edit, *weights = shared
-        y, present = self._call("step_stored", weights, tokens[0].squeeze(1), live, edit, carry)
-        return y[:, None], present
+        y, present = self._call("together_stored", weights, tokens[0].squeeze(2), live, edit, carry, loop)
+        return y[:, :, None], present
 
 
 class _Method(nn.Module):
@@ -89,7 +94,7 @@ class _Method(nn.Module):
         super().__init__()
         self.model, self.method = model, method
 
-    def forward(self, *arguments: Tensor | Tensors) -> tuple[Tensor, Tensors]:
+    def forward(self, *arguments: Tensor | Tensors | Loop) -> tuple[Tensor, Tensors]:
         result: tuple[Tensor, Tensors] = getattr(self.model, self.method)(*arguments)
         return result
 

@@ -11,6 +11,7 @@ With ``P`` the memory's weights, ``Ŵ`` those at which gradients are taken, ``n`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,27 @@ class Memories(NamedTuple):
     memory: Weights
     momentum: Weights
     anchor: Weights
+
+
+class Lesson(NamedTuple):
+    """What a chunk teaches, whatever the memory is that learns it; ``(B, …)`` each.
+
+    Attributes:
+        decay: ``α (B, H)``.
+        gates: ``η (B, H, orders)``, one for rows whose chunk is not complete; None without momentum.
+        shares: ``(B, H, combined)``; None where the last order's momentum is what is learnt.
+        surprises: ``-g``, zero for rows whose chunk is not complete.
+    """
+
+    decay: Tensor
+    gates: Tensor | None
+    shares: Tensor | None
+    surprises: Weights
+
+    def flat(self) -> tuple[Tensor, ...]:
+        """All that is there, in order."""
+        given = (self.decay, self.gates, self.shares)
+        return *(x for x in given if x is not None), *self.surprises
 
 
 class Projection(nn.Module):
@@ -118,14 +140,23 @@ class LibraryMemory(nn.Module):
 
     def read_in_turn(self, memories: list[Weights], counts: list[int], x: Tensor) -> Tensor:
         """The same where the memory changes along ``x``: each of ``memories`` answers ``counts`` tokens."""
-        x = self.retrieve_norm(x)
-        query = self.q_norm(self._heads(self.activation(self.to_queries(x))))
+        return self.answer(x, self.ask(memories, counts, self.queries(x)))
+
+    def queries(self, x: Tensor) -> Tensor:
+        """``(B, T, dim) → (B, H, T, D)``."""
+        query: Tensor = self.q_norm(self._heads(self.activation(self.to_queries(self.retrieve_norm(x)))))
+        return query
+
+    def ask(self, memories: list[Weights], counts: list[int], query: Tensor) -> Tensor:
+        """What the networks say to queries ``(B, H, T, D)``, of which each has ``counts``."""
         if len(memories) == 1:
-            y = self.network.read(memories[0], query)
-        else:
-            parts = zip(memories, query.split(counts, dim=2), strict=True)
-            y = torch.cat([self.network.read(weights, part) for weights, part in parts], dim=2)
-        y = self.multihead_rmsnorm(y)
+            return self.network.read(memories[0], query)
+        parts = zip(memories, query.split(counts, dim=2), strict=True)
+        return torch.cat([self.network.read(weights, part) for weights, part in parts], dim=2)
+
+    def answer(self, x: Tensor, y: Tensor) -> Tensor:
+        """The heads' words ``(B, H, T, D)`` as one answer ``(B, T, dim)``; ``x``: the query's view."""
+        x, y = self.retrieve_norm(x), self.multihead_rmsnorm(y)
         if self.combine_heads is None or self.retrieve_gate is None:
             alone: Tensor = y.squeeze(1)
             return alone
@@ -155,19 +186,47 @@ class LibraryMemory(nn.Module):
             boundary: ``(B,)`` bool, whether a batch of chunks ends with this one.
             previous: memory of the memory layer before, as the chunk began; empty without weight residual.
         """
+        lesson = self.lesson(chunk, state.anchor, live, previous)
+        return self.learn(lesson, state, edit, live, boundary)
+
+    def lesson(self, chunk: Tensor, anchor: Weights, live: Tensor, previous: Weights = ()) -> Lesson:
+        """What a chunk teaches; see :meth:`update`.
+
+        ``anchor``: what gradients are taken at; empty where that is the initial memory.
+        """
         key_view, value_view = self._views(chunk)
         pooled = self._pool(key_view)
-        base = state.anchor or tuple(self.memory_model_parameters)
+        base = anchor or tuple(self.memory_model_parameters)
         if self.to_learned_weight_residual_mix is not None:
             mix = torch.sigmoid(self.to_learned_weight_residual_mix(pooled))
             base = tuple(w + _beside(mix, p) * p for w, p in zip(base, previous, strict=True))
         there = live.to(chunk.dtype)[:, None]  # (B, 1)
         surprises = self._modulated(self._surprise(base, key_view, value_view, there), pooled)
-        update, momentum = self._momentum(surprises, state.momentum, pooled, live)
+        gates = shares = None
+        if self.to_momentum is not None:
+            gates = torch.sigmoid(self.to_momentum(pooled)).unflatten(-1, (self.options.heads, -1))
+            gates = torch.where(live[:, None, None], gates, 1.0)
+        if self.to_learned_momentum_combine is not None:
+            raw = self.to_learned_momentum_combine(pooled).unflatten(-1, (self.options.heads, -1))
+            shares = raw.softmax(-1)
+        return Lesson(torch.sigmoid(self.to_decay_factor(pooled)), gates, shares, surprises)
+
+    def as_lesson(self, tensors: Sequence[Tensor]) -> Lesson:
+        """The converse of :meth:`Lesson.flat`."""
+        decay, *rest = tensors
+        gates = rest.pop(0) if self.to_momentum is not None else None
+        shares = rest.pop(0) if self.to_learned_momentum_combine is not None else None
+        return Lesson(decay, gates, shares, tuple(rest))
+
+    def learn(
+        self, lesson: Lesson, state: Memories, edit: Tensor, live: Tensor, boundary: Tensor
+    ) -> Memories:
+        """The memory after a lesson; see :meth:`update`."""
+        update, momentum = self._momentum(lesson, state.momentum, live)
         if self.options.spectral_norm_surprises:
             update = tuple(_orthogonal(u) for u in update)
-        strength = edit[:, None] * there
-        decay = 1.0 - strength * torch.sigmoid(self.to_decay_factor(pooled))
+        strength = edit[:, None] * live.to(edit.dtype)[:, None]
+        decay = 1.0 - strength * lesson.decay
         memory = tuple(
             _beside(decay, m) * m + _beside(strength, u) * u
             for m, u in zip(state.memory, update, strict=True)
@@ -231,27 +290,21 @@ class LibraryMemory(nn.Module):
         scales = (torch.sigmoid(raw) * self.options.max_mem_layer_modulation).split(1, dim=-1)
         return tuple(s * _beside(scale, s) for scale, s in zip(scales, surprises, strict=True))
 
-    def _momentum(
-        self, surprises: Weights, past: Weights, pooled: Tensor, live: Tensor
-    ) -> tuple[Weights, Weights]:
+    def _momentum(self, lesson: Lesson, past: Weights, live: Tensor) -> tuple[Weights, Weights]:
         """What is added to the memory, and every order's momentum."""
-        if self.to_momentum is None:
-            return surprises, ()
-        orders, width = self.options.momentum_order, len(surprises)
-        gates = torch.sigmoid(self.to_momentum(pooled)).unflatten(-1, (self.options.heads, orders))
-        gates = torch.where(live[:, None, None], gates, 1.0)
-        levels = [surprises]
-        for order, gate in enumerate(gates.split(1, dim=-1)):
+        if lesson.gates is None:
+            return lesson.surprises, ()
+        width, levels = len(lesson.surprises), [lesson.surprises]
+        for order, gate in enumerate(lesson.gates.split(1, dim=-1)):
             before = past[order * width : (order + 1) * width]
             new = tuple(
                 _beside(gate, s) * s + x for s, x in zip(before, self._into(order, levels, live), strict=True)
             )
             levels.append(new)
         present = tuple(s for level in levels[1:] for s in level)
-        if self.to_learned_momentum_combine is None:
+        if lesson.shares is None:
             return levels[-1], present
-        raw = self.to_learned_momentum_combine(pooled).unflatten(-1, (self.options.heads, -1))
-        parts = raw.softmax(-1).split(1, dim=-1)
+        parts = lesson.shares.split(1, dim=-1)
         mixed = levels if self.options.learned_combine_include_zeroth else levels[1:]
         update = tuple(
             sum((_beside(part, u) * u for part, u in zip(parts, tensors, strict=True)), start=torch.zeros(()))

@@ -10,14 +10,18 @@ from titans_export.importers.titans_pytorch.options import MemoryOptions
 from titans_export.importers.titans_pytorch.stream import (
     Chunks,
     Inputs,
+    LessonLoop,
+    MemoryLoop,
     Tensors,
-    advance,
+    advance_together,
+    can_advance_together,
     entries,
     learned,
     one_token,
     pack,
     unpack,
 )
+from titans_export.loops import Loop
 from titans_export.memory_layer import StateEntry
 
 
@@ -78,21 +82,23 @@ class NeuralMemoryModel(nn.Module):
         y, state = one_token(self.memory, query, stored, place, unpack(self.options, tuple(rest)))
         return y, (position + 1, *pack(state))
 
-    def step(self, x: Tensor, live: Tensor, edit: Tensor, carry: Tensors) -> tuple[Tensor, Tensors]:
-        """A tile: ``(B, C, width)`` of which ``live (B, C)`` are there."""
+    def together(
+        self, x: Tensor, live: Tensor, edit: Tensor, carry: Tensors, loop: Loop
+    ) -> tuple[Tensor, Tensors]:
+        """All tiles: ``(N, B, C, width)`` of which ``live (N, B, C)`` are there."""
         position, *rest = carry
-        size = self.options.chunk_size
-        inputs = Inputs(*self._views(x), live)
-        y, state, _ = advance(
-            self.memory,
-            Chunks(size, 0, size),
-            inputs,
-            position - position % size,
-            unpack(self.options, tuple(rest)),
-            edit[:, 0],
-            [],
-        )
-        return y, (position + live.sum(1), *pack(state))
+        size, name = self.options.chunk_size, f"{self.operator}Loop"
+        after = position + live.sum((0, 2))
+        if can_advance_together(self.options):
+            past, inputs = unpack(self.options, tuple(rest)), Inputs(*self._views(x), live)
+            core = LessonLoop(self.memory, name)
+            y, present, _ = advance_together(core, inputs, past, edit[:, 0], (), loop)
+            return y, (after, *pack(present))
+        first = (position // size + torch.arange(live.shape[0], device=x.device)[:, None]) * size
+        tile_loop = MemoryLoop(self.memory, name, Chunks(size, 0, size))
+        tiles = (*self._views(x), live, first)
+        state, (y,) = loop(tile_loop, tiles, tuple(rest), (edit[:, 0], *tile_loop.weights()))
+        return y, (after, *state)
 
     @property
     def memories(self) -> dict[str, LibraryMemory]:

@@ -1,7 +1,8 @@
-"""``MemoryAsContextTransformer`` of titans-pytorch, a segment at a time.
+"""``MemoryAsContextTransformer`` of titans-pytorch, layer after layer for all segments at once.
 
 After every ``S`` tokens stand ``NL`` learned long-term tokens, if a token follows. A tile is therefore a
-segment's ``S`` tokens and, before them, the long-term tokens of the segment before.
+segment's ``S`` tokens and, before them, the long-term tokens of the segment before. Tiles stand along the
+batch, but where a memory goes from one to the next.
 """
 
 from __future__ import annotations
@@ -15,21 +16,24 @@ from torch.nn import functional as F
 
 from titans_export.importers.titans_pytorch.attention import AttentionState, Places, SegmentAttention
 from titans_export.importers.titans_pytorch.memory import LibraryMemory, Projection
-from titans_export.importers.titans_pytorch.networks import Weights
 from titans_export.importers.titans_pytorch.options import MemoryOptions, TransformerOptions
 from titans_export.importers.titans_pytorch.residual import HyperConnection, SingleStream
 from titans_export.importers.titans_pytorch.stream import (
     Chunks,
     Inputs,
+    LessonLoop,
+    MemoryLoop,
     MemoryState,
     Tensors,
-    advance,
+    advance_together,
+    can_advance_together,
     entries,
     learned,
     one_token,
     pack,
     unpack,
 )
+from titans_export.loops import Loop
 from titans_export.memory_layer import StateEntry
 
 
@@ -118,7 +122,7 @@ class _Pass:
     def __init__(self) -> None:
         self.inputs: list[Tensor] = []
         self.values: Tensor | None = None
-        self.history: list[Weights] = []
+        self.history: Tensors = ()
         self.stored: list[Tensor] = []
 
     def attend(self, layer: Layer, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState, Tensor]:
@@ -161,30 +165,54 @@ class _Pass:
 
 
 class _TilePass(_Pass):
-    """A tile: the long-term tokens of the segment before, then a segment's tokens."""
+    """Tiles: the long-term tokens of the segment before, then a segment's tokens."""
 
-    def __init__(self, options: TransformerOptions, places: Places, edit: Tensor) -> None:
+    def __init__(self, options: TransformerOptions, places: Places, edit: Tensor, loop: Loop) -> None:
         super().__init__()
-        self.options, self.places, self.edit = options, places, edit
+        self.options, self.places, self.edit, self.loop = options, places, edit, loop
         lead = options.num_longterm_mem_tokens
-        begins = (places.live[:, :1] & (places.segment > 0)[:, None]).expand(-1, lead)
-        self.live = torch.cat([begins, places.live], dim=1)
+        begins = (places.live[:, :, :1] & (places.segment > 0)[..., None]).expand(-1, -1, lead)
+        self.live = torch.cat([begins, places.live], dim=2)
         size = options.memory.chunk_size
         self.chunks = Chunks(size, -lead % size, options.window)
         self.first = places.segment * options.window - lead
 
     def attend(self, layer: Layer, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState, Tensor]:
-        return layer.attention.step(x, self.places, state, self.values)
+        return layer.attention.tiles(x, self.places, state, self.values)
 
     def remember(
         self, layer: Layer, index: int, query: Tensor, stored: Tensor, state: MemoryState
     ) -> tuple[Tensor, MemoryState]:
         assert layer.memory is not None
-        previous = self.history if layer.memory.options.accept_weight_residual else []
-        inputs = Inputs(query, stored, self.live)
-        edit = self.edit[:, self.options.memory_layers.index(index)]
-        y, state, self.history = advance(layer.memory, self.chunks, inputs, self.first, state, edit, previous)
-        return y, state
+        layers, options = self.options.memory_layers, layer.memory.options
+        previous = self.history if options.accept_weight_residual else ()
+        keeps = self.options.neural_mem_weight_residual and index != layers[-1]
+        name, edit = f"{TransformerModel.operator}Memory{index}", self.edit[:, layers.index(index)]
+        if can_advance_together(options) and self.chunks.offset == 0:
+            live = self.live.flatten(0, 1)
+            inputs = Inputs(*(self._in_chunks(x) for x in (query, stored, live)))
+            core = LessonLoop(layer.memory, name, keeps)
+            y, state, self.history = advance_together(core, inputs, state, edit, previous, self.loop)
+            return self._from_chunks(y), state
+        in_tiles = (x.reshape(*self.live.shape[:2], *x.shape[1:]) for x in (query, stored))
+        tile_loop = MemoryLoop(layer.memory, name, self.chunks, keeps)
+        tiles = (*in_tiles, self.live, self.first, *previous)
+        carry, (y, *kept) = self.loop(tile_loop, tiles, pack(state), (edit, *tile_loop.weights()))
+        self.history = tuple(kept)
+        return y.flatten(0, 1), unpack(options, carry)
+
+    def _in_chunks(self, x: Tensor) -> Tensor:
+        """``(N B, W, …)`` → ``(N K, B, C, …)``, ``K`` chunks a tile."""
+        tiles, batch, window = self.live.shape
+        size = self.chunks.size
+        chunks = x.reshape(tiles, batch, window // size, size, *x.shape[2:])
+        return chunks.transpose(1, 2).flatten(0, 1)
+
+    def _from_chunks(self, y: Tensor) -> Tensor:
+        """The other way round."""
+        tiles, batch, window = self.live.shape
+        chunks = y.reshape(tiles, window // self.chunks.size, *y.shape[1:]).transpose(1, 2)
+        return chunks.reshape(tiles * batch, window, y.shape[-1])
 
 
 class _TokenPass(_Pass):
@@ -319,29 +347,40 @@ class TransformerModel(nn.Module):
         y, present = self._run(run, x, tuple(rest))
         return run, y, (position + 1, *present)
 
-    def step(self, x: Tensor, live: Tensor, edit: Tensor, carry: Tensors) -> tuple[Tensor, Tensors]:
-        """A tile: ``(B, S, dim)`` of which ``live (B, S)`` are there."""
-        _, y, present = self._step(x, live, edit, carry)
-        return y, present
+    def together(
+        self, x: Tensor, live: Tensor, edit: Tensor, carry: Tensors, loop: Loop
+    ) -> tuple[Tensor, Tensors]:
+        """All tiles: ``(N, B, S, dim)`` of which ``live (N, B, S)`` are there."""
+        _, y, present = self._together(x, live, edit, carry, loop)
+        return self._own(y, live), present
 
-    def step_stored(self, x: Tensor, live: Tensor, edit: Tensor, carry: Tensors) -> tuple[Tensor, Tensors]:
-        """The same, but what all memories store of the tile's own tokens in place of the answers."""
-        run, _, present = self._step(x, live, edit, carry)
-        return torch.cat(run.stored, dim=-1)[:, self.options.num_longterm_mem_tokens :], present
+    def together_stored(
+        self, x: Tensor, live: Tensor, edit: Tensor, carry: Tensors, loop: Loop
+    ) -> tuple[Tensor, Tensors]:
+        """The same, but what all memories store of the tiles' own tokens in place of the answers."""
+        run, _, present = self._together(x, live, edit, carry, loop)
+        return self._own(torch.cat(run.stored, dim=-1), live), present
 
-    def _step(self, x: Tensor, live: Tensor, edit: Tensor, carry: Tensors) -> tuple[_Pass, Tensor, Tensors]:
+    def _together(
+        self, x: Tensor, live: Tensor, edit: Tensor, carry: Tensors, loop: Loop
+    ) -> tuple[_Pass, Tensor, Tensors]:
         position, *rest = carry
-        options = self.options
-        segment, lead = position // options.segment_len, options.num_longterm_mem_tokens
-        x = torch.cat([self.long_term.expand(x.shape[0], -1, -1), x], dim=1) + self._positions(
-            segment, x.dtype
-        )
-        run = _TilePass(options, Places(live, segment), edit)
+        options, tiles = self.options, torch.arange(live.shape[0], device=x.device)
+        segment = position // options.segment_len + tiles[:, None]
+        x = x.flatten(0, 1)
+        x = torch.cat([self.long_term.expand(x.shape[0], -1, -1), x], dim=1)
+        x = x + self._positions(segment.flatten(), x.dtype)
+        run = _TilePass(options, Places(live, segment), edit, loop)
         y, present = self._run(run, x, tuple(rest))
-        return run, y[:, lead:], (position + live.sum(1), *present)
+        return run, y, (position + live.sum((0, 2)), *present)
+
+    def _own(self, y: Tensor, live: Tensor) -> Tensor:
+        """``(N B, NL + S, …)`` → ``(N, B, S, …)``: what belongs to tokens of the input."""
+        own = y[:, self.options.num_longterm_mem_tokens :]
+        return own.reshape(*live.shape[:2], *own.shape[1:])
 
     def _positions(self, segment: Tensor, dtype: torch.dtype) -> Tensor:
-        """Of a tile's places, ``(B, NL + S, dim)``."""
+        """Of tiles' places, ``(N B, NL + S, dim)``."""
         options = self.options
         size, lead = options.memory.chunk_size, options.num_longterm_mem_tokens
         places = range(-lead, options.segment_len)
