@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -16,33 +14,29 @@ from safetensors.numpy import save as save_arrays
 from titans_converters.aot_inductor import check_compiler, write_aot_inductor
 from titans_converters.gradients import gradient_graphs
 from titans_converters.onnx.files import write_models
-from titans_converters.onnx.function import OPSET
-from titans_converters.onnx.lowering import NATIVE_ONNXRUNTIME, lower
+from titans_converters.onnx.lowering import lower
 from titans_converters.onnx.quantize import BITS, FLOAT_PRODUCTS, QuantisedRows
 from titans_converters.onnx.trace import trace
 from titans_converters.onnx.unroll import unroll
-from titans_converters.program import Axes, Program
+from titans_converters.program import Program
 from titans_converters.torchscript import write_torchscript
 from titans_converters.twins import GradientTwin, gradient_twin
+from titans_export import contents
+from titans_export.editing import read_editing
 from titans_export.exportable import Exportable, load_exportable
 from titans_export.training.checkpoint import round_to_half
 from titans_runtime import bundle as bundles
-from titans_runtime.editor import OBJECTIVES, Editor
-from titans_runtime.errors import BundleError, DataError, UsageError
+from titans_runtime.errors import BundleError, UsageError
 from titans_runtime.files import folder_beside, replace_folder, write_atomically
-from titans_runtime.json_reader import parse_object
 from titans_runtime.manifest import MAX_TOKENS, ONNX, LengthSpec
 from titans_runtime.verify import VerificationReport, verify
 
-EDITING_FILE = "editing.json"
 _TOLERANCE = 1e-4
 # Products of integers round activations to 8 bits, which the goldens of rounded weights do not; a model with
 # another strength of editing than it was trained with lets that grow: `nano` to a fifth of its state.
 _INTEGER_TOLERANCE = 0.25  # at least
-_IR_VERSION = 10
 TOKENS = 64
 """Of a call of an unrolled graph, where nothing else is asked for."""
-_LEAST_ONNXRUNTIME = "1.25"  # 1.24 refuses the operator's body; 1.25, 1.27 and 1.32 were tried
 
 _WRITERS = {"torchscript": write_torchscript, "aoti": write_aot_inductor}
 Report = Callable[[str], None]
@@ -97,7 +91,7 @@ def export_bundle(
         )
         graphs = _lowered(traced, scan, lengths, report) | gradients
         files = [*write_models(graphs, work, weights, quantised), *_write_learned_state(model, work)]
-        twins = {}
+        twins: contents.Twins = {}
         wanted: list[Program | GradientTwin] = [
             *programs,
             *(gradient_twin(programs[0], name, graph) for name, graph in gradients.items()),
@@ -109,10 +103,10 @@ def export_bundle(
         report("running the reference for the goldens")
         write_atomically(work / bundles.GOLDENS_NAME, save_arrays(model.goldens()))
         files.append(bundles.GOLDENS_NAME)
-        specs = {program.name: _graph(program, twins) for program in programs}
-        specs |= {name: _gradient_graph(name, graph, twins) for name, graph in gradients.items()}
+        specs = {program.name: contents.graph(program, twins) for program in programs}
+        specs |= {name: contents.gradient_graph(name, graph, twins) for name, graph in gradients.items()}
         specs["model"] = replace(specs["model"], lengths=lengths)
-        manifest = partial(_manifest, model, specs, work, files, editing, weights, scan)
+        manifest = partial(contents.manifest, model, specs, work, files, editing, weights, scan)
         if quantised is not None:
             report("replaying the goldens with activations in float32")
             write_models(graphs, work, weights, quantised, FLOAT_PRODUCTS)
@@ -205,30 +199,6 @@ def _round(model: Exportable, weights: str) -> QuantisedRows | None:
     return quantised
 
 
-def read_editing(checkpoint: Path) -> dict[str, Any]:
-    """The editing that the checkpoint recommends: ``{"edit", "editor"}``; none where it says nothing.
-
-    Raises:
-        DataError: ``editing.json`` is damaged.
-    """
-    path = checkpoint / EDITING_FILE
-    if not path.exists():
-        return {"edit": 0.0, "editor": None}
-    try:
-        content = parse_object(path.read_bytes(), path.name)
-        edit, editor = float(content["edit"]), content["editor"]
-        for part in Editor.from_dict(editor).parts if editor is not None else ():
-            if part.objective not in OBJECTIVES:
-                raise UsageError(f"editor objective {part.objective!r}; known: {', '.join(OBJECTIVES)}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: expected the fields edit and editor ({error!r})") from None
-    except UsageError as error:
-        raise DataError(f"{path}: {error}") from None
-    if not 0 <= edit <= 1:
-        raise DataError(f"{path}: edit is {edit}; it must lie between 0 and 1")
-    return {"edit": edit, "editor": editor}
-
-
 def _write_learned_state(model: Exportable, folder: Path) -> list[str]:
     """The memories that a stream begins with, where they are not zero."""
     learned = {name: tensor.detach().numpy() for name, tensor in model.learned_state().items()}
@@ -238,99 +208,9 @@ def _write_learned_state(model: Exportable, folder: Path) -> list[str]:
     return [bundles.INITIAL_NAME]
 
 
-def _manifest(
-    model: Exportable,
-    graphs: dict[str, bundles.GraphSpec],
-    folder: Path,
-    files: list[str],
-    editing: dict[str, Any],
-    weights: str,
-    scan: str,
-    tolerance: float,
-) -> bundles.Manifest:
-    facts = model.facts()
-    onnxruntime = NATIVE_ONNXRUNTIME if scan == "native" else _LEAST_ONNXRUNTIME
-    return bundles.Manifest.create(
-        producer={
-            name: version(name)
-            for name in ("titans-export", "titans-converters", "torch", "onnx", "onnxscript")
-        },
-        requires={"onnxruntime": onnxruntime, "ir_version": _IR_VERSION, "opset": OPSET},
-        model=facts.model | {"weights": weights, "scan": scan},
-        tokenizer=facts.tokenizer,
-        vocab_size=facts.vocab_size,
-        edit_layers=facts.edit_layers,
-        graphs=graphs,
-        state=_state(model),
-        tolerances={"atol": tolerance, "rtol": tolerance},
-        recommended=editing,
-        files={name: bundles.file_entry(folder / name) for name in files},
-    )
-
-
 def editable_memories(model: Exportable) -> list[str]:
     """State entries that gradients are taken by; the readout memory has a graph of its own."""
     return [name for name, entry in model.state().items() if entry.role == "memory" and name != "readout"]
-
-
-def _gradient_graph(name: str, model: ir.Model, twins: dict[str, dict[str, str]]) -> bundles.GraphSpec:
-    def tensors(values: Iterable[ir.Value]) -> tuple[bundles.TensorSpec, ...]:
-        return tuple(
-            bundles.TensorSpec(
-                str(value.name),
-                _ELEMENTS[value.dtype or ir.DataType.FLOAT],
-                tuple(_axis(axis) for axis in value.shape or ()),
-            )
-            for value in values
-        )
-
-    return bundles.GraphSpec(
-        f"{name}.onnx", tensors(model.graph.inputs), tensors(model.graph.outputs), _files(name, twins)
-    )
-
-
-def _files(name: str, twins: dict[str, dict[str, str]]) -> dict[str, str]:
-    """A graph's file in every other format."""
-    return {kind: files[name] for kind, files in twins.items()}
-
-
-_ELEMENTS = {ir.DataType.FLOAT: "float32", ir.DataType.INT64: "int64"}
-
-
-def _axis(axis: int | ir.SymbolicDim) -> int | str:
-    return axis if isinstance(axis, int) else str(axis.value)
-
-
-def _graph(program: Program, twins: dict[str, dict[str, str]]) -> bundles.GraphSpec:
-    def tensors(axes: dict[str, Axes]) -> tuple[bundles.TensorSpec, ...]:
-        return tuple(
-            bundles.TensorSpec(name, _dtype_name(program.dtype(name)), shape) for name, shape in axes.items()
-        )
-
-    return bundles.GraphSpec(
-        f"{program.name}.onnx",
-        tensors(program.input_axes),
-        tensors(program.output_axes),
-        _files(program.name, twins),
-    )
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _state(model: Exportable) -> tuple[bundles.StateSpec, ...]:
-    learned = model.learned_state()
-    return tuple(
-        bundles.StateSpec(
-            name,
-            _dtype_name(entry.dtype),
-            ("batch", *entry.shape),
-            bundles.INITIAL_NAME if name in learned else 0.0,
-            entry.role,
-        )
-        for name, entry in model.state().items()
-    )
 
 
 def _refuse_foreign_folder(bundle: Path) -> None:

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import titans_runtime as tr
 from benchmarks.command import conclude
-from titans_export.pipeline import EDITING_FILE, export_bundle
+from titans_export.editing import EDITING_FILE
+from titans_export.pipeline import export_bundle
 from titans_export.training.checkpoint import write_json
 from titans_export.training.data import Source, load_corpus
 from titans_runtime.progress import progress_bar

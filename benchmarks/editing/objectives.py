@@ -24,7 +24,8 @@ import titans_runtime as tr
 from benchmarks.command import conclude
 from benchmarks.editing.choose import development_texts
 from benchmarks.editing.run import RESULTS, digest, texts
-from titans_export.pipeline import export_bundle, read_editing
+from titans_export.editing import read_editing
+from titans_export.pipeline import export_bundle
 from titans_export.training.data import Source
 from titans_runtime.optional import optional_import
 from titans_runtime.progress import progress_bar

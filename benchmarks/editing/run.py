@@ -25,7 +25,8 @@ from typing import Any
 import titans_runtime as tr
 from benchmarks.command import conclude
 from benchmarks.editing.controls import BiasOnly, ShuffledKeys
-from titans_export.pipeline import export_bundle, read_editing
+from titans_export.editing import read_editing
+from titans_export.pipeline import export_bundle
 from titans_export.training.data import Source, load_corpus, stdlib_folder
 from titans_runtime.progress import progress_bar
 

@@ -21,8 +21,9 @@ from safetensors.numpy import load_file, save_file
 from titans_converters.onnx import function as function_module
 from titans_converters.onnx.trace import memory_node, trace
 from titans_export import exportable, pipeline
+from titans_export.editing import read_editing
 from titans_export.model import Rules, TitansModel
-from titans_export.pipeline import export_bundle, read_editing
+from titans_export.pipeline import export_bundle
 from titans_export.programs import model_program, readout_gradient_program
 from titans_export.training.checkpoint import load_checkpoint
 from titans_runtime import bundle as bundles
