@@ -1,4 +1,4 @@
-"""Does editing help? Bits per byte with editing off, on, and under controls, through exported bundles.
+"""Does editing help? Bits per byte with an editor, without, and under controls, through exported bundles.
 
     .venv/bin/python -m benchmarks.editing.run checkpoints/nano [CHECKPOINT …]
 
@@ -83,12 +83,13 @@ def measure(checkpoint: Path, threads: int) -> dict[str, dict[str, float]]:
         export_bundle(checkpoint, Path(folder, "bundle"))
         model = tr.load(Path(folder, "bundle"), threads=threads)
         editor = tr.Editor.from_dict(model.manifest.recommended["editor"])
-        unedited = (0.0,) * model.manifest.edit_layers
+        edit = float(model.manifest.recommended["edit"])  # 0, or what it was trained with: editor or none
+        fused = (edit,) * model.manifest.edit_layers
         sessions: dict[str, Callable[[], tr.Session]] = {
-            "off": lambda: model.session(edit=0.0, editor=None),
+            "off": lambda: model.session(edit, editor=None),
             "on": model.session,
-            "shuffled keys": lambda: ShuffledKeys(model, unedited, editor),
-            "bias only": lambda: BiasOnly(model, unedited, editor),
+            "shuffled keys": lambda: ShuffledKeys(model, fused, editor),
+            "bias only": lambda: BiasOnly(model, fused, editor),
         }
         measured: dict[str, dict[str, float]] = {}
         for kind, sources in texts().items():
