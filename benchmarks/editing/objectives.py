@@ -59,6 +59,7 @@ def main() -> None:
         path = RESULTS / f"objectives-{checkpoint.name}.json"
         subject = {
             "weights": digest(checkpoint),
+            "editing": read_editing(checkpoint),
             "trained_with_edit": trained_edit(checkpoint),
             "development_bytes": args.development_bytes,
             "bytes": args.bytes,
