@@ -19,8 +19,9 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from titans_converters.exported import export, written_out
+from titans_converters.gradient_loops import both_ways
 from titans_converters.gradient_module import Gradient
-from titans_converters.loops import OneToken, both_ways, forwards, without_operators
+from titans_converters.loops import OneToken, forwards, without_operators
 from titans_converters.program import Axes, Program, RecurrenceProgram
 from titans_converters.twins import GradientTwin, description, revealing
 from titans_runtime.errors import EnvironmentProblem

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tests.end_to_end.family import MEMORIES
 from tests.titans_export.importers.cases import TRANSFORMER_BASE
-from titans_converters.loops import GradientLoop, GradientTileLoop, OneToken, Together
+from titans_converters.gradient_loops import GradientLoop, GradientTileLoop
+from titans_converters.loops import OneToken, Together
 from titans_converters.program import RecurrenceProgram
 from titans_export.config import PRESETS
 from titans_export.importers.titans_pytorch import stream
