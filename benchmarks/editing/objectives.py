@@ -15,6 +15,7 @@ import argparse
 import json
 import lzma
 import math
+import re
 import statistics
 import tempfile
 from pathlib import Path
@@ -42,6 +43,8 @@ GRID: dict[str, list[str]] = {
     ],
 }
 _DIVERGED = "diverged"
+_SEED = re.compile(r"-s\d+$")
+"""At the end of a checkpoint's name."""
 
 
 def main() -> None:
@@ -186,26 +189,37 @@ def _cell(own: dict[str, Any], off: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, dict[str, Any]]) -> None:
-    """Edited / unedited bits by text and way, a panel a checkpoint."""
+    """Edited / unedited bits by text and way, a panel for checkpoints that differ in their seed only."""
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for name, result in results.items():
+        panels.setdefault(_SEED.sub("", name), []).append(result)
     figure = optional_import("matplotlib.figure", "plot").Figure(
-        figsize=(9, 3.2 * len(results)), layout="constrained"
+        figsize=(9, 3.2 * len(panels) + 0.4), layout="constrained"
     )
-    panels = figure.subplots(len(results), 1, squeeze=False)[:, 0]
-    for axes, (name, result) in zip(panels, results.items(), strict=True):
-        ways = [one for one in result["ways"] if one != "off"]
+    drawn = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    for axes, (name, seeds) in zip(drawn, panels.items(), strict=True):
+        texts = list(seeds[0]["texts"])
+        ways = [one for one in seeds[0]["ways"] if one != "off"]
         for number, one in enumerate(ways):
-            ratios = [
-                math.nan if row[one]["bits"] == _DIVERGED else row[one]["bits"] / row["off"]["bits"]
-                for row in result["texts"].values()
+            ratios = [[_ratio(seed["texts"][text], one) for seed in seeds] for text in texts]
+            means = [statistics.mean(row) for row in ratios]
+            reach = [
+                [mean - min(row) for row, mean in zip(ratios, means, strict=True)],
+                [max(row) - mean for row, mean in zip(ratios, means, strict=True)],
             ]
-            places = [place + number * 0.15 for place in range(len(ratios))]
-            axes.bar(places, ratios, width=0.14, label=one)
+            places = [place + number * 0.15 for place in range(len(texts))]
+            axes.bar(places, means, width=0.14, label=one, yerr=reach if len(seeds) > 1 else None, capsize=2)
         axes.axhline(1.0, color="black", lw=0.8)
-        axes.set_xticks([place + 0.3 for place in range(len(result["texts"]))], list(result["texts"]))
-        axes.set_ylabel("edited / unedited")
-        axes.set_title(f"{name}, trained with λ = {result['trained_with_edit']:g}", fontsize=9)
-        axes.legend(fontsize=7, ncols=5)
+        axes.set_xticks([place + 0.3 for place in range(len(texts))], texts)
+        axes.set_ylabel("edited / unedited bits")
+        spread = f", {len(seeds)} seeds, mean and range" if len(seeds) > 1 else ""
+        axes.set_title(f"{name}, trained with λ = {seeds[0]['trained_with_edit']:g}{spread}", fontsize=9)
+    figure.legend(*drawn[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize=8)
     figure.savefig(RESULTS / "objectives.png", dpi=120)
+
+
+def _ratio(row: dict[str, Any], one: str) -> float:
+    return math.nan if row[one]["bits"] == _DIVERGED else float(row[one]["bits"] / row["off"]["bits"])
 
 
 if __name__ == "__main__":
