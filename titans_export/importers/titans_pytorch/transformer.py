@@ -173,6 +173,8 @@ class _TilePass(_Pass):
         lead = options.num_longterm_mem_tokens
         begins = (places.live[:, :, :1] & (places.segment > 0)[..., None]).expand(-1, -1, lead)
         self.live = torch.cat([begins, places.live], dim=2)
+        # The same as rows, and no view of it: a compiler may lay out what is joined unlike eager does.
+        self.live_rows = torch.cat([begins.flatten(0, 1), places.live.flatten(0, 1)], dim=1)
         size = options.memory.chunk_size
         self.chunks = Chunks(size, -lead % size, options.window)
         self.first = places.segment * options.window - lead
@@ -189,8 +191,7 @@ class _TilePass(_Pass):
         keeps = self.options.neural_mem_weight_residual and index != layers[-1]
         name, edit = f"{TransformerModel.operator}Memory{index}", self.edit[:, layers.index(index)]
         if can_advance_together(options) and self.chunks.offset == 0:
-            live = self.live.flatten(0, 1)
-            inputs = Inputs(*(self._in_chunks(x) for x in (query, stored, live)))
+            inputs = Inputs(*(self._in_chunks(x) for x in (query, stored, self.live_rows)))
             core = LessonLoop(layer.memory, name, keeps)
             y, state, self.history = advance_together(core, inputs, state, edit, previous, self.loop)
             return self._from_chunks(y), state
