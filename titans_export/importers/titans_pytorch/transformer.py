@@ -172,9 +172,10 @@ class _TilePass(_Pass):
         self.options, self.places, self.edit, self.loop = options, places, edit, loop
         lead = options.num_longterm_mem_tokens
         begins = (places.live[:, :, :1] & (places.segment > 0)[..., None]).expand(-1, -1, lead)
-        self.live = torch.cat([begins, places.live], dim=2)
-        # The same as rows, and no view of it: a compiler may lay out what is joined unlike eager does.
+        # Rows are joined, then seen as tiles: a compiler may lay out what is joined unlike eager does,
+        # and tiles that eager sees as rows would not be rows there.
         self.live_rows = torch.cat([begins.flatten(0, 1), places.live.flatten(0, 1)], dim=1)
+        self.live = self.live_rows.unflatten(0, places.live.shape[:2])
         size = options.memory.chunk_size
         self.chunks = Chunks(size, -lead % size, options.window)
         self.first = places.segment * options.window - lead
