@@ -70,7 +70,7 @@ def run_loop(core: LoopCore, tiles: Tensors, carry: Tensors, shared: Tensors) ->
     return carry, tuple(torch.stack(found) for found in zip(*outputs, strict=True))
 
 
-def carried_on(new: Tensor, there: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def carried_on(new: Tensor, there: Tensor, start: Tensor, parts: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """What a tile leaves behind where it has a token, and otherwise what was left behind before.
 
     All tiles but the first and the last two are whole. What a tile without a token would be given is some
@@ -80,14 +80,18 @@ def carried_on(new: Tensor, there: Tensor, start: Tensor) -> tuple[Tensor, Tenso
         new: ``(N, B, …)``.
         there: bool, as many axes.
         start: ``(B, …)``, before the first tile.
+        parts: of which a tile consists; where there are several, ``N`` counts these, and a stream begins and
+            ends in any of them.
 
     Returns:
         Before each tile, after each tile, and after the last, which holds for empty ones, too.
     """
-    first = torch.where(there[:1], new[:1], start[None])
-    after = torch.cat([first, new[1:]])
+    first = torch.where(there[:parts], new[:parts], start[None])
+    after = torch.cat([first, new[parts:]])
     before = torch.cat([start[None], after[:-1]])
-    ends = (torch.arange(3, device=new.device) + (new.shape[0] - 3)).clamp(min=0)
-    third, second, last = after[ends].unbind(0)
-    _, second_there, last_there = there[ends].unbind(0)
-    return before, after, torch.where(last_there, last, torch.where(second_there, second, third))
+    count = 2 * parts + 1
+    ends = (torch.arange(count, device=new.device) + (new.shape[0] - count)).clamp(min=0)
+    last, *others = after[ends].unbind(0)
+    for is_there, other in zip(there[ends].unbind(0)[1:], others, strict=True):
+        last = torch.where(is_there, other, last)
+    return before, after, last

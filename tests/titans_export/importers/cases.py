@@ -55,6 +55,7 @@ TRANSFORMER_CASES: dict[str, dict[str, Any]] = {
     "one stream": {"num_residual_streams": 1},
     "two streams": {"num_residual_streams": 2},
     "long-term tokens": {"num_longterm_mem_tokens": 2},
+    "several chunks a segment": {"neural_memory_segment_len": 4, "num_longterm_mem_tokens": 4},
     "chunks across long-term tokens": {"num_longterm_mem_tokens": 2, "neural_memory_segment_len": 5},
     "sliding window": {"sliding_window_attn": True},
     "sliding window with long-term tokens": {

@@ -21,7 +21,12 @@ from titans_export.importers.titans_pytorch.keys import LibraryModel, build_mode
 from titans_export.importers.titans_pytorch.options import MemoryOptions, TransformerOptions
 from titans_export.importers.titans_pytorch.reference import loop
 
-_TRANSFORMERS = ("sliding window with long-term tokens", "chunks across long-term tokens", "weight residual")
+_TRANSFORMERS = (
+    "several chunks a segment",
+    "sliding window with long-term tokens",
+    "chunks across long-term tokens",
+    "weight residual",
+)
 
 
 def _random(kind: str, arguments: dict[str, Any]) -> LibraryModel:

@@ -202,6 +202,7 @@ def advance_together(
     edit: Tensor,
     previous: Tensors,
     loop: Loop,
+    parts: int = 1,
 ) -> tuple[Tensor, MemoryState, Tensors]:
     """All chunks at once, but for what :class:`LessonLoop` does.
 
@@ -212,13 +213,14 @@ def advance_together(
         edit: ``(B,)``, ``λ``.
         previous: of the memory layer before, its memory as each chunk began, ``(N, B, …)``; or empty.
         loop: runs the loop.
+        parts: chunks of a tile; all tiles but the first and the last two are whole.
 
     Returns:
         The answers ``(N, B, C, dim)``, the state after the last chunk, and the memory as each chunk began, if
         that is kept.
     """
     memory, lead = core.memory, inputs.live.shape[:2]
-    _, store, last = carried_on(inputs.stored, inputs.live[..., None], state.store)
+    _, store, last = carried_on(inputs.stored, inputs.live[..., None], state.store, parts)
     complete = inputs.live[:, :, -1]
     before = tuple(w.flatten(0, 1) for w in previous)
     lesson = memory.lesson(store.flatten(0, 1), (), complete.flatten(), before)

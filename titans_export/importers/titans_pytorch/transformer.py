@@ -194,7 +194,8 @@ class _TilePass(_Pass):
         if can_advance_together(options) and self.chunks.offset == 0:
             inputs = Inputs(*(self._in_chunks(x) for x in (query, stored, self.live_rows)))
             core = LessonLoop(layer.memory, name, keeps)
-            y, state, self.history = advance_together(core, inputs, state, edit, previous, self.loop)
+            parts = self.options.window // self.chunks.size
+            y, state, self.history = advance_together(core, inputs, state, edit, previous, self.loop, parts)
             return self._from_chunks(y), state
         in_tiles = (x.reshape(*self.live.shape[:2], *x.shape[1:]) for x in (query, stored))
         tile_loop = MemoryLoop(layer.memory, name, self.chunks, keeps)
