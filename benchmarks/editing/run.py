@@ -2,7 +2,8 @@
 
     .venv/bin/python -m benchmarks.editing.run checkpoints/nano [CHECKPOINT …]
 
-One results file a checkpoint, by its folder's name; one for the same weights and editing is not made again.
+One results file a checkpoint, by its folder's name; one for the same weights and editing is not made again,
+and one whose checkpoint is not on this machine goes into the table as it is.
 The table over all of them, which should differ in their training seed only, is printed and written to
 benchmarks/results/TABLE.md.
 Texts are held out: nothing was trained or tuned on them. Every byte is scored before the memory
@@ -28,6 +29,7 @@ from benchmarks.editing.controls import BiasOnly, ShuffledKeys
 from titans_export.editing import read_editing
 from titans_export.pipeline import export_bundle
 from titans_export.training.data import Source, load_corpus, stdlib_folder
+from titans_runtime.errors import UsageError
 from titans_runtime.progress import progress_bar
 
 HERE = Path(__file__).parent
@@ -47,17 +49,32 @@ def main() -> None:
     args = parser.parse_args()
     results = []
     for checkpoint in args.checkpoints:
-        seed = json.loads((checkpoint / "training.json").read_text(encoding="utf-8"))["training"]["seed"]
         path = RESULTS / f"editing-{checkpoint.name}.json"
-        subject = {"seed": seed, "weights": digest(checkpoint), "editing": read_editing(checkpoint)}
-        result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if any(result.get(name) != value for name, value in subject.items()):
-            result = subject | {"texts": measure(checkpoint, args.threads)}
-            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        result = measured_before(checkpoint, path)
+        if checkpoint.is_dir():
+            seed = json.loads((checkpoint / "training.json").read_text(encoding="utf-8"))["training"]["seed"]
+            subject = {"seed": seed, "weights": digest(checkpoint), "editing": read_editing(checkpoint)}
+            if any(result.get(name) != value for name, value in subject.items()):
+                result = subject | {"texts": measure(checkpoint, args.threads)}
+                path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         results.append(result)
     text = table(results)
     (RESULTS / f"{args.table}.md").write_text(text + "\n", encoding="utf-8")
     print(text)
+
+
+def measured_before(checkpoint: Path, path: Path) -> dict[str, Any]:
+    """A results file's content, or nothing.
+
+    Raises:
+        UsageError: there is neither a checkpoint nor a results file.
+    """
+    if not path.exists():
+        if not checkpoint.is_dir():
+            raise UsageError(f"{checkpoint}: no such checkpoint, and no results of one in {path.name}")
+        return {}
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return result
 
 
 def digest(checkpoint: Path) -> str:
