@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.experiments import report
-from benchmarks.experiments.contestants import CONTESTANTS
+from benchmarks.experiments.contestants import CONTESTANTS, entrants
 from benchmarks.experiments.contestants.network import parameters
 from benchmarks.experiments.evaluate import evaluated
 from benchmarks.experiments.tasks import EXPERIMENTS
@@ -55,7 +55,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("task", choices=list(EXPERIMENTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--contestants", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
+    parser.add_argument(
+        "--contestants",
+        nargs="+",
+        choices=list(CONTESTANTS),
+        help="default is all of this task",
+    )
     parser.add_argument(
         "--steps", type=int, default=None, help="of training; default is the task's own number"
     )
@@ -80,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
         args.results.mkdir(parents=True, exist_ok=True)
         for seed in args.seeds:  # a whole table with one seed comes first
             for task in tasks:
-                for contestant in args.contestants:
+                for contestant in args.contestants or entrants(task.name):
                     wanted = {
                         "task": task.name,
                         "contestant": contestant,

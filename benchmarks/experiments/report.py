@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.experiments.contestants import CONTESTANTS
+from benchmarks.experiments.contestants import CONTESTANTS, entrants
 from benchmarks.experiments.evaluate import key
 from benchmarks.experiments.published import PUBLISHED
 from benchmarks.experiments.tasks.task import Task, Test
@@ -29,6 +29,7 @@ _COLOURS = {
     "titans-ssm": "#2166ac",
     "titans-lmm": "#c2571a",
     "titans-delta": "#e08214",
+    "titans-scaled": "#d6298f",
     "titans-mac": "#b2182b",
 }
 _MEASURES = {"token": "answers right", "exact": "examples with all answers right"}
@@ -140,7 +141,7 @@ def _missing(tasks: Sequence[Task], rows: Rows, seeds: Sequence[int]) -> list[st
     absent = [
         f"{task.name}: {name} (seed{'s' * (len(open_) > 1)} {', '.join(map(str, open_))})"
         for task in tasks
-        for name in CONTESTANTS
+        for name in entrants(task.name)
         if (open_ := [seed for seed in seeds if (task.name, name, seed) not in done])
     ]
     return [f"Not trained: {'; '.join(absent)}.", ""] if absent else []

@@ -72,6 +72,7 @@ class Training:
         """One optimizer step."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate * self._schedule(step)
+        torch.manual_seed(step + (self.seed << 32))  # a resumed training draws what an unbroken one draws
         batch = self.task.training_batch(self.seed, step, self.recipe.steps)
         loss, present = answer_loss(self.network, batch, self.state)
         self.loss = float(loss.detach())

@@ -36,11 +36,17 @@ class Contestant:
         label: in tables.
         build: from the vocabulary's size.
         ways: to edit it at test time, beside running it as it was trained: of :mod:`..evaluate`.
+        tasks: that it takes part in; all, if none are named.
     """
 
     label: str
     build: Callable[[int], Network]
     ways: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+
+    def takes_part(self, task: str) -> bool:
+        """Whether it is trained on ``task`` unless it is asked for by name."""
+        return not self.tasks or task in self.tasks
 
 
 def _transformer(vocab_size: int) -> Network:
@@ -60,8 +66,8 @@ def _lstm(vocab_size: int) -> Network:
     return LSTM(vocab_size, 78)
 
 
-def _titans(vocab_size: int, edit: float, **settings: Any) -> Network:  # noqa: ANN401 - of a config
-    return Titans(ModelConfig(vocab_size=vocab_size, **(_TITANS | settings)), edit)
+def _titans(vocab_size: int, edit: float, write_spread: float = 0.0, **settings: Any) -> Network:  # noqa: ANN401 - of a config
+    return Titans(ModelConfig(vocab_size=vocab_size, **(_TITANS | settings)), edit, write_spread)
 
 
 _SSM = {"d_ff": 216, "momentum": False}
@@ -80,8 +86,20 @@ CONTESTANTS: dict[str, Contestant] = {
         "Titans LMM, no retention, trained λ = 1",
         partial(_titans, edit=1.0, retention=False, **_SSM),
         ("off", "readout"),
+        ("induction",),
+    ),
+    "titans-scaled": Contestant(
+        "Titans LMM, no retention, writes scaled at random in training, trained λ = 1",
+        partial(_titans, edit=1.0, retention=False, write_spread=1.2, **_SSM),
+        ("off", "readout"),
+        ("induction",),
     ),
     "titans-mac": Contestant(
         "Titans MAC, trained λ = 1", partial(_titans, edit=1.0, architecture="mac", d_ff=64, momentum=False)
     ),
 }
+
+
+def entrants(task: str) -> list[str]:
+    """The names of those that are trained on ``task``."""
+    return [name for name, contestant in CONTESTANTS.items() if contestant.takes_part(task)]

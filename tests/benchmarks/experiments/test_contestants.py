@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks.experiments.contestants import CONTESTANTS, mamba
+from benchmarks.experiments.contestants import CONTESTANTS, entrants, mamba
 from benchmarks.experiments.contestants.network import parameters
 from benchmarks.experiments.contestants.s4d import DiagonalStateSpace
-from benchmarks.experiments.contestants.titans import Titans, strengths
+from benchmarks.experiments.contestants.titans import ScaledWrites, Titans, strengths
 from benchmarks.experiments.tasks import EXPERIMENTS
 
 
@@ -91,6 +91,34 @@ def test_a_long_stream_of_titans_is_cut_without_a_trace(monkeypatch: pytest.Monk
     monkeypatch.setattr("benchmarks.experiments.contestants.titans._SEGMENT", 17)
     with torch.no_grad():
         assert torch.allclose(network.features(tokens), whole, atol=1e-5)
+
+
+def test_writes_are_scaled_in_training_only() -> None:
+    torch.manual_seed(0)
+    scaled, plain = (CONTESTANTS[name].build(16) for name in ("titans-scaled", "titans-delta"))
+    plain.load_state_dict(scaled.state_dict())
+    tokens = torch.randint(0, 16, (2, 20))
+    assert not torch.allclose(scaled.features(tokens), plain.features(tokens), atol=1e-3)
+    with torch.no_grad():
+        assert torch.equal(scaled.features(tokens), plain.features(tokens))
+
+
+def test_the_factor_of_a_write_is_as_wide_as_it_says() -> None:
+    torch.manual_seed(0)
+    one = torch.ones(1, 1, 4_000, 1)
+    zero, state = torch.zeros_like(one), torch.zeros(1, 1, 1, 1)
+    # With one key, steps of one and the old content erased, every token reads what it wrote.
+    rest = (zero[..., 0], torch.full_like(zero[..., 0], -torch.inf), one[..., 0], torch.ones(1), state, state)
+    factors, _, _ = ScaledWrites(1.2)(one, one, one, *rest, tile=16)
+    logarithms = factors.log()
+    assert abs(float(logarithms.std()) - 1.2) < 0.05
+    assert abs(float(logarithms.mean())) < 0.08
+
+
+def test_some_contestants_take_part_in_some_tasks_only() -> None:
+    assert "titans-scaled" in entrants("induction")
+    assert "titans-scaled" not in entrants("mqar")
+    assert len(entrants("mqar")) == 7
 
 
 def test_strengths_are_for_all_layers_and_for_each() -> None:

@@ -29,7 +29,7 @@ def small() -> Task:
     return replace(MQAR, tests=tests, development=(replace(MQAR.tests[0], examples=2),), batch=4)
 
 
-@pytest.mark.parametrize("contestant", ["lstm", "titans-lmm", "transformer"])
+@pytest.mark.parametrize("contestant", ["lstm", "titans-lmm", "titans-scaled", "transformer"])
 def test_a_stopped_training_ends_as_an_unbroken_one(tmp_path: Path, contestant: str) -> None:
     recipe, task = Recipe(steps=6), replace(small(), carry=0.7)
     whole = Training(task, contestant, 3, recipe)
