@@ -5,6 +5,10 @@
 Both sides have the same random weights, tokens and state; their gradients are compared first. Then they run
 alternately in one process, one thread: the gradient alone, and a whole lesson (gradient, step, and the model
 run again over the period). PyTorch runs eagerly, with the fast forms that training uses.
+
+Of the readout memory, edited every eight tokens, what is timed is what editing adds: a stream with the editor
+less the same stream without one. The runtime takes both as a whole, since no feature depends on that memory;
+PyTorch takes both in calls of eight tokens.
 """
 
 from __future__ import annotations
@@ -26,12 +30,15 @@ from benchmarks.editing.run import RESULTS
 from titans_export.config import PRESETS
 from titans_export.gradients import editable, prediction
 from titans_export.model import TitansModel
+from titans_export.peers.autograd import AutogradRunner
 from titans_export.pipeline import export_bundle
 from titans_export.training.checkpoint import save_checkpoint
 from titans_runtime.memories import MemoriesEditor
 from titans_runtime.progress import progress_bar
 
 STEP = 0.01
+READOUT_CHUNK = 8
+READOUT_TOKENS = 512
 
 
 def main() -> None:
@@ -49,8 +56,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         save_checkpoint(model, Path(folder, "checkpoint"))
         export_bundle(Path(folder, "checkpoint"), Path(folder, "bundle"))
-        pairs = sides(model, tr.load(Path(folder, "bundle"), threads=1), args.tokens)
-        result = {"preset": args.preset, "tokens": args.tokens} | timed(pairs, args.rounds)
+        exported = tr.load(Path(folder, "bundle"), threads=1)
+        result = {"preset": args.preset, "tokens": args.tokens}
+        result |= timed(sides(model, exported, args.tokens), args.rounds)
+        result["readout"] = added(*readout_sides(model, exported), args.rounds)
     path = RESULTS / f"editing-speed-{args.preset}-{args.tokens}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=1))
@@ -120,6 +129,53 @@ def timed(pairs: dict[str, Side], rounds: int) -> dict[str, dict[str, float]]:
             "most": ratios[-1],
         }
     return result
+
+
+def readout_sides(model: TitansModel, exported: tr.Model) -> tuple[Side, Side]:
+    """A stream with the readout's editor and without, here and by autograd; after they were compared."""
+    ids = np.random.default_rng(1).integers(0, 256, READOUT_TOKENS + 1)
+    editor = tr.Editor.parse(f"readout:step=0.5,chunk={READOUT_CHUNK}")
+
+    def ours() -> np.ndarray:
+        return exported.session(edit=0.0, editor=editor).append(ids)
+
+    def ours_without() -> np.ndarray:
+        return exported.session(edit=0.0, editor=None).append(ids)
+
+    peer = AutogradRunner(model.requires_grad_(requires_grad=False), editor)
+
+    def theirs() -> np.ndarray:
+        peer.start(1, 0.0)
+        return peer.append(ids[None])
+
+    @torch.no_grad()
+    def theirs_without() -> None:
+        edit, state = torch.zeros(1, model.config.layers), model.initial_state(1)
+        for part in torch.from_numpy(ids)[None].split(READOUT_CHUNK, dim=1):
+            state = state | model(part, edit, state).state
+
+    expected = theirs()
+    error = np.abs(ours() - expected[0]).max() / np.abs(expected).max()
+    if error > 1e-4:
+        raise SystemExit(f"logits edited through the readout differ by {error:.1e}: nothing to time")
+    return (ours, ours_without), (theirs, theirs_without)
+
+
+def added(ours: Side, theirs: Side, rounds: int) -> dict[str, float]:
+    """What editing adds to a chunk on both sides, median milliseconds; the median ratio and its range."""
+    found = [
+        [clocked(edited) - clocked(plain) for edited, plain in (ours, theirs)]
+        for _ in progress_bar(range(rounds), "readout", "round")
+    ]
+    scale = 1000 * READOUT_CHUNK / READOUT_TOKENS
+    ratios = sorted(peer / own for own, peer in found)
+    return {
+        "ours_ms": scale * statistics.median(own for own, _ in found),
+        "autograd_ms": scale * statistics.median(peer for _, peer in found),
+        "ratio": statistics.median(ratios),
+        "least": ratios[0],
+        "most": ratios[-1],
+    }
 
 
 def clocked(side: Callable[[], object]) -> float:

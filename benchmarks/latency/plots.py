@@ -6,6 +6,8 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+_MANY = 12
+
 
 def bars(names: Sequence[str], rows: Sequence[dict[str, Any]], label: str, title: str) -> bytes:
     """PNG of ``ratio`` with ``ratio_low`` to ``ratio_high`` of every row."""
@@ -16,7 +18,10 @@ def bars(names: Sequence[str], rows: Sequence[dict[str, Any]], label: str, title
         [row["ratio"] - row["ratio_low"] for row in rows],
         [row["ratio_high"] - row["ratio"] for row in rows],
     ]
-    figure, axis = plt.subplots(figsize=(7, 0.5 * len(rows) + 1.3))
+    width = 4 + max(map(len, names)) / 14  # long names would leave the bars no room
+    height = 0.5 * len(rows) if len(rows) < _MANY else 0.3 * len(rows)
+    figure, axis = plt.subplots(figsize=(width, height + 1.3))
+    axis.margins(y=0.01)
     axis.barh(list(names), ratios, xerr=spread, color="#5b7c99", ecolor="#222222", capsize=2)
     for place, row in enumerate(rows):
         style = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
