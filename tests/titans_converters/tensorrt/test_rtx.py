@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from tests.titans_converters.tensorrt.nvidia import rtx, run_json
-from tests.titans_export.importers.cases import MEMORY_BASE
+from tests.titans_export.importers.cases import MEMORY_BASE, TRANSFORMER_BASE
 from tests.titans_export.importers.library import imported, library_model
 from titans_converters import memory_op
 from titans_converters.onnx.trace import memory_node, recurrence_node, to_proto, trace
@@ -25,8 +25,10 @@ from titans_converters.program import Program
 from titans_converters.tensorrt.check import IMPORTED, check
 from titans_converters.tensorrt.prepare import prepare
 from titans_export.config import PRESETS, overridden
-from titans_export.importers.titans_pytorch.checkpoint import MEMORY
+from titans_export.importers.titans_pytorch.checkpoint import MEMORY, TRANSFORMER
 from titans_export.importers.titans_pytorch.exportable import ImportedModel
+from titans_export.importers.titans_pytorch.options import TransformerOptions
+from titans_export.importers.titans_pytorch.transformer import TransformerModel
 from titans_export.model import Rules, TitansModel
 from titans_export.programs import model_program
 from titans_export.recurrence_programs import recurrence_programs
@@ -69,11 +71,28 @@ def test_the_graph_is_parsed_and_built_for_any_batch_and_tokens(variant: str, tm
     _assert_built(*_graph(variant), tmp_path)
 
 
-def test_an_imported_memory_is_built(tmp_path: Path) -> None:
-    arguments = {**MEMORY_BASE, "batch_size": 8}
-    model = imported(arguments, library_model(MEMORY, arguments).state_dict())
-    exportable = ImportedModel(model, {"tokenizer": "vectors"})
-    (program,) = exportable.programs()
+IMPORTS = {
+    "memory-in-turn": (MEMORY, MEMORY_BASE | {"batch_size": 8}, "vectors"),
+    "memory-together": (MEMORY, MEMORY_BASE | {"chunk_size": 16}, "vectors"),
+    "transformer": (TRANSFORMER, TRANSFORMER_BASE | {"sliding_window_attn": True}, "ids"),
+    "transformer-chunks": (
+        TRANSFORMER,
+        TRANSFORMER_BASE | {"segment_len": 32, "neural_memory_segment_len": 16},
+        "ids",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IMPORTS)
+def test_what_is_imported_is_built(name: str, tmp_path: Path) -> None:
+    kind, arguments, tokenizer = IMPORTS[name]
+    if kind == MEMORY:
+        model = imported(arguments, library_model(MEMORY, arguments).state_dict())
+    else:
+        torch.manual_seed(0)
+        model = TransformerModel(TransformerOptions.read(dict(arguments)))
+    exportable = ImportedModel(model.eval(), {"tokenizer": tokenizer})
+    program = exportable.programs()[0]
     _assert_built(program, to_proto(trace(program, exportable.recurrences())), tmp_path)
 
 
