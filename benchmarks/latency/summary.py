@@ -62,7 +62,10 @@ def main() -> None:
         "([how](../../../docs/benchmarks.md)). The files of this folder hold every command's table, its\n"
         "machine, versions and what is missing; what was tried is in [NOTES.md](../../NOTES.md).\n\n"
         + "\n".join(table)
-        + "\n\n![measured over aim](summary.png)\n"
+        + "\n\n![measured over aim](summary.png)\n\n"
+        + "Backends that the rows above do without:\n\n"
+        + "\n".join(_left_out())
+        + "\n"
     )
     write_atomically(RESULTS / "README.md", text.encode())
     write_atomically(RESULTS / "summary.png", _picture(lines))
@@ -96,6 +99,23 @@ def _lines() -> Iterator[Line]:
             yield from _library(content, where)
         elif row in {name.partition("-")[0] for name in ROWS}:  # other files have tables of their own
             yield from _bench(content)
+
+
+def _left_out() -> Iterator[str]:
+    """Backends that a target asks for and a results file has no times of, with the reason."""
+    for path in sorted(RESULTS.glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        words = content["command"].split()
+        if "benchmarks.latency.run" not in words:
+            continue
+        _, _, _, name, _, size, _, threads = words[:8]
+        reasons = {one["backend"]: f"{one['state']}: {one['reason']}" for one in content["absent"]}
+        timed = {row["backend"] for row in content["rows"]}
+        wanted = dict.fromkeys(backend for target in ROWS[name].targets for backend in target.backends)
+        for backend in wanted:
+            if backend not in timed:
+                why = reasons.get(backend, "not run; NOTES.md says why")
+                yield f"* {name}, {size}, {threads}: {backend}, {why}"
 
 
 def _bench(content: dict[str, Any]) -> Iterator[Line]:
