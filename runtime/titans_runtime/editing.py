@@ -44,9 +44,11 @@ class Editing:
         self.editor = editor
         self.readout: ReadoutEditor | None = None
         self.memories: MemoriesEditor | None = None
-        for part in editor.parts if editor is not None else ():
+        parts = editor.parts if editor is not None else ()
+        beside = any(part.is_readout for part in parts)
+        for part in parts:
             if not part.is_readout:
-                self.memories = MemoriesEditor(part, backend, buffers, edit)
+                self.memories = MemoriesEditor(part, backend, buffers, edit, beside_readout=beside)
             elif "readout" not in buffers.past or part.graph not in backend.manifest.graphs:
                 raise UsageError(f"the bundle has no readout memory to edit by {part}; give editor=None")
             else:

@@ -26,6 +26,7 @@ from titans_runtime.optimizers import OPTIMIZERS, Gates, Step
 from titans_runtime.report import EditReport, Lesson
 from titans_runtime.snapshot import PREFIX
 
+_READOUT = "readout"
 UNKNOWN = -1
 """Target of a position whose next token has not come, or must not be learnt from."""
 
@@ -53,7 +54,9 @@ class MemoriesMark:
 class MemoriesEditor:
     """The pending period of one session, and the optimizer's progress."""
 
-    def __init__(self, editor: Editor, backend: Backend, buffers: StateBuffers, edit: Array) -> None:
+    def __init__(
+        self, editor: Editor, backend: Backend, buffers: StateBuffers, edit: Array, *, beside_readout: bool
+    ) -> None:
         """Find the graph and the memories.
 
         Args:
@@ -61,6 +64,7 @@ class MemoriesEditor:
             backend: holds the gradient graph and ``model``.
             buffers: the session's state.
             edit: ``(1, layers)``, the session's strength of the fused rule, read at every step.
+            beside_readout: whether another editor changes the readout memory meanwhile.
 
         Raises:
             UsageError: the bundle has no such graph, or no memory fits the editor's patterns.
@@ -79,7 +83,11 @@ class MemoriesEditor:
         self._sequence = np.zeros((editor.chunk, *width), DTYPES[spec.dtype])
         self._targets = np.full(editor.chunk, UNKNOWN, np.int64)
         self._taught = np.zeros(editor.chunk, bool)
-        self._anchor: Arrays = {}  # what the model changes, as the period began
+        self._anchor: Arrays = {}  # what the model, or another editor, changes, as the period began
+        # By the period's end the other editor has learnt its targets: a loss with that memory would be of
+        # what is known already.
+        reads = any(tensor.name == f"past.{_READOUT}" for tensor in self._spec.inputs)
+        self._beside = (_READOUT,) if beside_readout and reads else ()
 
     # --- along the stream
 
@@ -110,7 +118,8 @@ class MemoriesEditor:
             if position % self.editor.chunk == 0:
                 self._learn(position, report)
         if self.count == 0:
-            self._anchor = self._buffers.copies()
+            fixed = self._buffers.fixed
+            self._anchor = self._buffers.copies() | {name: fixed[name].copy() for name in self._beside}
 
     def hold(self, tokens: Array, teach: bool) -> None:
         """Keep positions that the model has run on; they do not reach beyond the period."""
@@ -167,6 +176,8 @@ class MemoriesEditor:
         self._targets[: self.count] = arrays[f"{PREFIX}targets"]
         self._taught[: self.count] = arrays[f"{PREFIX}taught"]
         self._anchor = {name: arrays[f"{PREFIX}anchor.{name}"].copy() for name in self._buffers.present}
+        for name in self._beside:  # older files have it only as it stood when they were saved
+            self._anchor[name] = arrays.get(f"{PREFIX}anchor.{name}", arrays[f"state.{name}"]).copy()
 
     def mark(self) -> MemoriesMark:
         """What :meth:`rewind` returns to."""

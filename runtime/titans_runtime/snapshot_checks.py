@@ -17,6 +17,8 @@ from titans_runtime.snapshot import ENERGY, PREFIX, Snapshot
 Expected = dict[str, tuple[tuple[int, ...], type[np.generic]]]
 """Shapes and dtypes by name."""
 
+_ANCHOR = f"{PREFIX}anchor.readout"
+"""Where an editor of the readout memory is beside; older files have none."""
 _PENDING = ("targets", "readout_key", "readout_rows", "logits")
 
 
@@ -53,6 +55,8 @@ def check_fits(snapshot: Snapshot, manifest: Manifest) -> None:
     readout, layers = _editors(snapshot)
     _check_state(snapshot.arrays, manifest)
     expected = _of_layers(snapshot, manifest, layers) | _of_readout(snapshot, manifest, readout)
+    if readout is not None and _ANCHOR in snapshot.arrays and f"{PREFIX}sequence" in expected:
+        expected[_ANCHOR] = ((1, *_readout_shape(manifest)), np.float32)
     if "last_logits" in snapshot.arrays:
         expected["last_logits"] = ((manifest.width,), np.float32)
     state = {f"state.{entry.name}" for entry in manifest.state}
@@ -159,9 +163,11 @@ def _check_values(arrays: Arrays, manifest: Manifest) -> None:
 
 
 def _readout_rows(manifest: Manifest) -> int:
-    return next(
-        (entry.row_shape[0] for entry in manifest.state if entry.name == "readout" and entry.row_shape), 0
-    )
+    return next(iter(_readout_shape(manifest)), 0)
+
+
+def _readout_shape(manifest: Manifest) -> tuple[int, ...]:
+    return next((entry.row_shape for entry in manifest.state if entry.name == "readout"), ())
 
 
 def _last(outputs: Mapping[str, tuple[int | str, ...]], name: str) -> int:

@@ -60,6 +60,20 @@ def test_a_step_of_zero_changes_nothing(model: tr.Model) -> None:
     assert relative_error(edited.append(TEXT), plain.append(TEXT)) <= 1e-5
 
 
+def test_beside_the_readouts_editor_the_loss_is_that_of_what_was_predicted(model: tr.Model) -> None:
+    """Not of a readout memory that has learnt the period's targets by then."""
+    session = _session(model, "readout:step=0.5,chunk=8+prediction:step=0.05,chunk=8")
+    scores = session.append(TEXT)
+    assert session.last_edit is not None
+    lessons = [lesson for lesson in session.last_edit.lessons if lesson.objective == "prediction"]
+    assert len(lessons) == (len(TEXT) - 1) // 8
+    chance = scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
+    for lesson in lessons:
+        rows = np.arange(lesson.position, lesson.position + 8)
+        loss = -float(chance[rows, np.frombuffer(TEXT, np.uint8)[rows + 1]].mean())
+        assert abs(lesson.loss - loss) <= 1e-4 * loss
+
+
 def test_a_step_lowers_the_loss_of_its_own_period(model: tr.Model) -> None:
     """As a gradient must: a small step, and the loss falls by about the squared norm times the step."""
     step = 1e-3

@@ -89,8 +89,8 @@ CONTESTANTS: dict[str, Contestant] = {
         ("induction",),
     ),
     "titans-scaled": Contestant(
-        "Titans LMM, no retention, two taps, writes scaled at random in training, λ = 1",
-        partial(_titans, edit=1.0, retention=False, conv_kernel=2, write_spread=1.2, **_SSM),
+        "Titans LMM, no retention, writes scaled at random in training, λ = 1",
+        partial(_titans, edit=1.0, retention=False, write_spread=1.2, **_SSM),
         ("off", "readout"),
         ("induction",),
     ),
