@@ -34,15 +34,18 @@ from titans_runtime.progress import progress_bar
 
 PERL = Path("/usr/share/perl")
 CHUNK = 32
+FUSED = ("0.1", "1")
 GRID: dict[str, list[str]] = {
-    "fused": ["0.1", "1"],
     "association": [f"association:chunk={CHUNK},step={step}" for step in ("1e-4", "1e-3", "1e-2")],
     "prediction": [
-        *(f"prediction:chunk={CHUNK},step={step}" for step in ("0.003", "0.03", "0.3")),
-        *(f"prediction:chunk={CHUNK},optimizer=adam,step={step}" for step in ("1e-3", "1e-2")),
+        *(f"prediction:chunk={CHUNK},step={step}" for step in ("0.003", "0.03", "0.3", "1", "3")),
+        *(f"prediction:chunk={CHUNK},optimizer=adam,step={step}" for step in ("1e-3", "1e-2", "3e-2")),
         f"prediction:chunk={CHUNK},optimizer=muon,step=1e-2",
     ],
 }
+BOTH = "readout + prediction"
+Way = tuple[float, tr.Editor | None]
+"""``λ``, and the editor."""
 _DIVERGED = "diverged"
 _SEED = re.compile(r"-s\d+$")
 """At the end of a checkpoint's name."""
@@ -106,12 +109,8 @@ def measure(checkpoint: Path, args: argparse.Namespace) -> dict[str, Any]:
             kind: max(sources, key=lambda source: len(source.data)).data[: args.development_bytes]
             for kind, sources in development_texts().items()
         }
-        chosen, swept = sweep(model, base, development)
+        chosen, swept = sweep(model, base, candidates(base, readout), development)
         ways = {"off": (base, None), "readout": (base, readout)} | chosen
-        prediction = chosen["prediction"][1]
-        if prediction is not None:
-            both = tr.Editor.from_dict(readout.to_dict() | {"also": prediction.to_dict()})
-            ways["readout + prediction"] = (base, both)
         measured: dict[str, dict[str, Any]] = {}
         for kind, text in held_out(args.bytes).items():
             measured[kind] = {"xz": 8 * len(lzma.compress(text, preset=9)) / len(text)}
@@ -126,19 +125,34 @@ def way(edit: float, editor: tr.Editor | None) -> str:
     return f"λ = {edit:g}" + ("" if editor is None else f", {json.dumps(editor.to_dict())}")
 
 
+def candidates(base: float, readout: tr.Editor) -> dict[str, dict[str, Way]]:
+    """What is tried, by objective: strength of the fused rule, and editor, by specification.
+
+    The steps of ``prediction`` beside the readout's editor are swept by themselves.
+    """
+    found: dict[str, dict[str, Way]] = {
+        # A model trained with λ = 1 is run with less of it.
+        "fused": {text: (1.0 - float(text) if base else float(text), None) for text in FUSED}
+    }
+    for objective, specifications in GRID.items():
+        found[objective] = {text: (base, tr.Editor.parse(text)) for text in specifications}
+    found[BOTH] = {
+        text: (base, tr.Editor.from_dict(readout.to_dict() | {"also": tr.Editor.parse(text).to_dict()}))
+        for text in GRID["prediction"]
+    }
+    return found
+
+
 def sweep(
-    model: tr.Model, base: float, development: dict[str, bytes]
-) -> tuple[dict[str, tuple[float, tr.Editor | None]], dict[str, float | None]]:
+    model: tr.Model, base: float, tried: dict[str, dict[str, Way]], development: dict[str, bytes]
+) -> tuple[dict[str, Way], dict[str, float | None]]:
     """The best of every objective, and mean edited / unedited bits of all that were tried."""
     off = {kind: scored(model, base, None, text)["bits"] for kind, text in development.items()}
-    chosen: dict[str, tuple[float, tr.Editor | None]] = {}
+    chosen: dict[str, Way] = {}
     swept: dict[str, float | None] = {}
-    for objective, specifications in GRID.items():
+    for objective, ways in tried.items():
         least = math.inf
-        for text in progress_bar(specifications, f"sweeping {objective}", "setting"):
-            edit, editor = (float(text), None) if objective == "fused" else (base, tr.Editor.parse(text))
-            if objective == "fused" and base:
-                edit = 1.0 - edit  # a model trained with λ = 1, run with less of it
+        for text, (edit, editor) in progress_bar(list(ways.items()), f"sweeping {objective}", "setting"):
             bits = {kind: scored(model, edit, editor, own)["bits"] for kind, own in development.items()}
             known = all(isinstance(value, float) for value in bits.values())
             ratio = statistics.mean(bits[kind] / off[kind] for kind in bits) if known else math.inf
