@@ -215,16 +215,17 @@ def plot(results: dict[str, dict[str, Any]]) -> None:
     drawn = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
     for axes, (name, seeds) in zip(drawn, panels.items(), strict=True):
         texts = list(seeds[0]["texts"])
-        ways = [one for one in seeds[0]["ways"] if one != "off"]
-        for number, one in enumerate(ways):
-            ratios = [[_ratio(seed["texts"][text], one) for seed in seeds] for text in texts]
+        ways = dict.fromkeys(one for seed in seeds for one in seed["ways"] if one != "off")
+        for number, one in enumerate(ways):  # a way may have been measured for some seeds only
+            own = [seed for seed in seeds if one in seed["ways"]]
+            ratios = [[_ratio(seed["texts"][text], one) for seed in own] for text in texts]
             means = [statistics.mean(row) for row in ratios]
             reach = [
                 [mean - min(row) for row, mean in zip(ratios, means, strict=True)],
                 [max(row) - mean for row, mean in zip(ratios, means, strict=True)],
             ]
             places = [place + number * 0.15 for place in range(len(texts))]
-            axes.bar(places, means, width=0.14, label=one, yerr=reach if len(seeds) > 1 else None, capsize=2)
+            axes.bar(places, means, width=0.14, label=one, yerr=reach if len(own) > 1 else None, capsize=2)
         axes.axhline(1.0, color="black", lw=0.8)
         axes.set_xticks([place + 0.3 for place in range(len(texts))], texts)
         axes.set_ylabel("edited / unedited bits")
