@@ -102,6 +102,20 @@ def test_chunks_whose_gradients_are_taken_at_once(tmp_path: Path) -> None:
     assert np.abs(session.append(vectors[:1]) - _expected(trained, vectors[:1], edit=0.0)).max() <= 1e-5
 
 
+def test_three_views_are_answered_in_one_and_what_is_zero_has_a_length(tmp_path: Path) -> None:
+    """Chunks that are not complete teach zero, which is then divided by its length."""
+    options = {"qkv_receives_diff_views": True, "spectral_norm_surprises": True, "max_grad_norm": 0.5}
+    trained = _random(MEMORY_BASE | options)
+    vectors = np.concatenate([_vectors(30, seed) for seed in range(3)], axis=1)
+    model = tr.load(_exported(trained, tmp_path), threads=1)
+    for edit in (0.0, 1.0):
+        session = model.session(edit=edit)
+        found = np.concatenate([session.append(part) for part in np.split(vectors, [3, 4, 13])])
+        expected = _expected(trained, vectors, edit)
+        assert found.shape == (30, 16)
+        assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
 def test_a_session_is_saved_and_goes_on_bit_for_bit(model: tr.Model, tmp_path: Path) -> None:
     session = model.session()
     session.append(_vectors(11))

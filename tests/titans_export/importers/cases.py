@@ -19,6 +19,10 @@ MEMORY_CASES: dict[str, dict[str, Any]] = {
         "learned_combine_include_zeroth": True,
     },
     "spectral norm": {"spectral_norm_surprises": True},
+    "spectral norm of small updates": {
+        "spectral_norm_surprises": True,
+        "default_step_transform_max_lr": 1e-8,
+    },
     "gradient norm": {"max_grad_norm": 0.5},
     "steps per parameter": {"per_parameter_lr_modulation": True, "max_mem_layer_modulation": 5.0},
     "norms": {"qk_rmsnorm": True, "post_rmsnorm": True},

@@ -7,6 +7,7 @@ import io
 import json
 import random
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor
 
 from tests.titans_export.importers.cases import MEMORY_BASE, TRANSFORMER_BASE, TRANSFORMER_CASES
 from tests.titans_export.importers.library import MEMORY, TRANSFORMER, library_model
 from titans_export.config import ModelConfig
 from titans_export.exportable import load_exportable
-from titans_export.importers.titans_pytorch.checkpoint import _read
+from titans_export.importers.titans_pytorch.checkpoint import _finite, _read
 from titans_runtime.cli import main
 from titans_runtime.errors import DataError
 
@@ -138,7 +139,27 @@ def _line(capsys: pytest.CaptureFixture[str]) -> str:
         ({"batch_size": 6}, "batch_size is 6, no multiple of chunk_size 4"),
         ({"attn_pool": True}, "unknown argument 'attn_pool'"),
         ({"momentum": "yes"}, "momentum is 'yes'; expected bool"),
-        ({"heads": 0}, "heads is 0; it must be 1 or more"),
+        ({"heads": 0}, "heads is 0; it must be an integer from 1 to 4096"),
+        ({"heads": 10**9}, "heads is 1000000000; it must be an integer from 1 to 4096"),
+        ({"heads": True}, "heads is True; it must be an integer"),
+        ({"dim": 2**40, "dim_head": 8}, "dim is 1099511627776; it must be an integer from 1 to 65536"),
+        ({"dim_head": 0}, "dim_head is 0; it must be an integer from 1 to 65536"),
+        ({"chunk_size": 0, "batch_size": 8}, "chunk_size is 0; it must be an integer from 1"),
+        ({"batch_size": 0}, "batch_size is 0; it must be an integer from 1"),
+        ({"max_grad_norm": 0}, "max_grad_norm is 0; it must be a number from 1e-30"),
+        ({"default_step_transform_max_lr": 10**400}, "default_step_transform_max_lr is 1000"),
+        ({"default_model_kwargs": 3}, "default_model_kwargs is 3; it must be an object"),
+        ({"default_model_kwargs": {}}, "MemoryMLP needs the argument depth"),
+        ({"model": {"class": ["x"]}}, "model is {'class': ['x']}; give an object, as"),
+        ({"model": {"class": "MemoryMLP", "depth": 2.0}}, "model: depth is 2.0; it must be an integer"),
+        ({"model": {"class": "MemoryMLP", "depth": 10**9}}, "model: depth is 1000000000; it must be an"),
+        (
+            {"model": {"class": "MemoryMLP", "depth": 2, "expansion_factor": 0}},
+            "expansion_factor is 0; it must",
+        ),
+        ({"version": "0.4.2"}, "version is '0.4.2'; known: 0.5.0, 0.5.1, 0.5.2, 0.5.3, 0.5.5"),
+        ({"version": ["0.5.5"]}, "version is ['0.5.5']; known: "),
+        ({"class": ["x"]}, "class is ['x'], but"),
         ({"class": "MemoryAsContextTransformer"}, "class is 'MemoryAsContextTransformer', but"),
     ],
 )
@@ -167,6 +188,18 @@ def test_what_cannot_be_represented_is_refused_by_name(
         ),
         ({"num_tokens": None}, "num_tokens is None; it must be an integer"),
         ({"dim_head": 7}, "dim_head is 7; rotary positions need an even one"),
+        ({"memory": {"dim": 16}}, "unknown argument 'memory'; known: num_tokens, "),
+        ({"neural_memory_segment_len": 0}, "neural_memory_segment_len is 0; it must be an integer from 1"),
+        ({"num_longterm_mem_tokens": None}, "num_longterm_mem_tokens is None; it must be an integer from 0"),
+        ({"num_longterm_mem_tokens": "2"}, "num_longterm_mem_tokens is '2'; it must be an integer from 0"),
+        ({"num_longterm_mem_tokens": -1}, "num_longterm_mem_tokens is -1; it must be an integer from 0"),
+        ({"num_persist_mem_tokens": -2}, "num_persist_mem_tokens is -2; it must be an integer from 0"),
+        ({"neural_memory_layers": 1}, "neural_memory_layers is 1; it must be a list of integers"),
+        ({"neural_memory_layers": "12"}, "neural_memory_layers is '12'; it must be a list of integers"),
+        ({"neural_memory_kwargs": 0}, "neural_memory_kwargs is 0; it must be an object"),
+        ({"ff_mult": -4}, "ff_mult is -4; it must be a number from 0.001 to 64"),
+        ({"depth": 2.0}, "depth is 2.0; it must be an integer"),
+        ({"depth": 10**9}, "depth is 1000000000; it must be an integer from 1 to 1024"),
     ],
 )
 def test_what_a_transformer_cannot_be_is_refused_by_name(
@@ -225,6 +258,124 @@ def test_no_key_is_left_unused_and_none_is_missing(
     assert code == 3
     assert message in _line(capsys)
     assert not out.exists()
+
+
+def test_sizes_are_held_against_the_file_before_memory_is_spent(
+    transformer: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model that these arguments ask for takes more than a petabyte."""
+    large = _TRANSFORMER | {"dim": 2**16, "depth": 50, "heads": 4096, "dim_head": 2**16}
+    code, out = _import(tmp_path, transformer, large)
+    assert code == 3
+    assert "token_emb.weight has shape (32, 16); the constructor arguments ask for (32, 65536)" in _line(
+        capsys
+    )
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (Tensor.to_sparse, "to_keys.weight is a sparse or nested tensor; save a dense one"),
+        (lambda tensor: tensor.to("meta"), "to_keys.weight has a shape but no numbers (device meta)"),
+        (
+            lambda tensor: tensor.to(torch.float8_e4m3fn),
+            "to_keys.weight is of type torch.float8_e4m3fn; expected floating-point numbers, of float32,",
+        ),
+        (lambda tensor: tensor.double() * 1e300, "to_keys.weight holds values too large for float32"),
+    ],
+)
+def test_tensors_of_other_forms_are_named(
+    memory: Tensors,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: Callable[[Tensor], Tensor],
+    message: str,
+) -> None:
+    code, out = _import(
+        tmp_path, _with("to_keys.weight", change(memory["to_keys.weight"]))(memory), MEMORY_BASE
+    )
+    assert code == 3
+    assert message in _line(capsys)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("written", ["torch", "safetensors"])
+def test_the_kind_of_a_file_is_told_by_its_content(memory: Tensors, tmp_path: Path, written: str) -> None:
+    file = tmp_path / ("model.safetensors" if written == "torch" else "model.bin")
+    contiguous = {name: tensor.clone() for name, tensor in memory.items()}
+    torch.save(contiguous, file) if written == "torch" else save_file(contiguous, file)
+    file.with_suffix(".json").write_text(json.dumps(MEMORY_BASE), encoding="utf-8")
+    assert main(["import", "titans-pytorch", str(file), "--out", str(tmp_path / "out")]) == 0
+
+
+def test_a_file_that_holds_more_is_not_to_be_trusted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _import(tmp_path, {"x": _Code()}, MEMORY_BASE)
+    line = _line(capsys)
+    assert "(damaged, or it holds more than tensors)" in line
+    assert "weights_only" not in line
+
+
+@pytest.mark.parametrize("kind", [MEMORY, TRANSFORMER])
+def test_names_that_save_model_leaves_out_are_those_it_notes(kind: str, tmp_path: Path) -> None:
+    """With one head the initial memory is a view of the template's weights: of the two, one is stored."""
+    base: dict[str, Any] = _TRANSFORMER | {"neural_memory_kwargs": {}}
+    arguments = base if kind == TRANSFORMER else {"dim": 16, "chunk_size": 4}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import titans_pytorch
+    model = getattr(titans_pytorch, kind)(**arguments)
+    file = tmp_path / "model.safetensors"
+    save_model(model, str(file))
+    assert not any("memory_model_parameters" in name for name in load_file(file))
+    file.with_suffix(".json").write_text(json.dumps(arguments), encoding="utf-8")
+    out = tmp_path / "checkpoint"
+    assert main(["import", "titans-pytorch", str(file), "--out", str(out)]) == 0
+    stem, theirs = ("layers.0.4.", "layers.0.memory.") if kind == TRANSFORMER else ("", "memory.")
+    for index in range(3):
+        expected = model.state_dict()[f"{stem}memory_model_parameters.{index}"]
+        assert torch.equal(_weights(out)[f"{theirs}memory_model_parameters.{index}"], expected)
+
+
+@pytest.mark.parametrize("source", ["weights", "config"])
+def test_what_is_imported_is_not_overwritten(
+    memory: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str], source: str
+) -> None:
+    """An import writes config.json and weights.safetensors, which the user's files may be called, too."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    file = (folder if source == "weights" else tmp_path) / "weights.safetensors"
+    config = folder / "config.json"
+    save_file({name: tensor.clone() for name, tensor in memory.items()}, file)
+    config.write_text(json.dumps(MEMORY_BASE), encoding="utf-8")
+    before = file.read_bytes(), config.read_bytes()
+    out = folder / ".." / "mine"
+    code = main(["import", "titans-pytorch", str(file), "--config", str(config), "--out", str(out)])
+    assert code == 2
+    assert "which is imported and might be overwritten; name another" in _line(capsys)
+    assert (file.read_bytes(), config.read_bytes()) == before
+    assert len(list(folder.iterdir())) == (2 if source == "weights" else 1)
+
+
+@pytest.mark.parametrize(
+    ("version", "lookahead"), [(None, False), ("0.5.1", False), ("0.5.2", True), ("0.5.5", False)]
+)
+def test_a_version_brings_its_own_defaults(tmp_path: Path, version: str | None, lookahead: bool) -> None:
+    """0.5.2 alone stored with the values of later tokens unless told otherwise."""
+    stated = {} if version is None else {"version": version}
+    for kind, base in ((MEMORY, MEMORY_BASE), (TRANSFORMER, _TRANSFORMER)):
+        code, out = _import(tmp_path, library_model(kind, base).state_dict(), base | stated)
+        assert code == 0
+        config = json.loads((out / "config.json").read_text())
+        assert config["version"] == (version or {MEMORY: None, TRANSFORMER: ">=0.5"}[kind])
+        memory = config["options"] if kind == MEMORY else config["options"]["memory"]
+        assert memory["store_with_lookahead_value"] == lookahead
+    given = MEMORY_BASE | stated | {"store_with_lookahead_value": not lookahead}
+    _, out = _import(tmp_path, library_model(MEMORY, MEMORY_BASE).state_dict(), given)
+    config = json.loads((out / "config.json").read_text())
+    assert config["options"]["store_with_lookahead_value"] == (not lookahead)
 
 
 def test_an_older_library_is_named(
@@ -308,7 +459,8 @@ def test_a_file_with_other_bytes_is_read_or_refused(seed: int, zipped: bool, cha
         path = Path(folder) / "model.pt"
         path.write_bytes(content)
         with contextlib.suppress(DataError):
-            assert all(torch.isfinite(tensor).all() for tensor in _read(path, None).values())
+            for name, tensor in _read(path, None).items():
+                assert torch.isfinite(_finite(name, tensor)).all()
 
 
 def test_the_weights_of_another_import_are_refused(memory: Tensors, tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ from tests.titans_export.importers.library import (
     streamed,
 )
 from titans_export.importers.titans_pytorch import stream
+from titans_export.importers.titans_pytorch.association import Association
+from titans_export.importers.titans_pytorch.neural_memory import NeuralMemoryModel
 
 pytest.importorskip("titans_pytorch")
 
@@ -61,6 +63,9 @@ def _memories(draw: st.DrawFn) -> dict[str, Any]:
     orders = draw(st.integers(1, 3))
     flag = st.booleans()
     combined = draw(flag) and orders > 1
+    updates, lookahead = draw(st.integers(1, 2)), draw(flag)
+    # With nothing to look ahead to gradients are zero, which the library limits to no number.
+    limited = not (lookahead and chunk * updates == 1)
     return {
         "dim": 8 * heads,
         "dim_head": 8,
@@ -74,14 +79,16 @@ def _memories(draw: st.DrawFn) -> dict[str, Any]:
         "learned_momentum_combine": combined,
         "learned_combine_include_zeroth": draw(flag),
         "spectral_norm_surprises": draw(flag),
-        "max_grad_norm": draw(st.sampled_from([None, 0.3, 2.0])),
+        "max_grad_norm": draw(st.sampled_from([None, 0.3, 2.0])) if limited else None,
         "per_parameter_lr_modulation": draw(flag),
+        "max_mem_layer_modulation": draw(st.sampled_from([1.0, 3.0])),
+        "store_with_lookahead_value": lookahead,
         "default_step_transform_max_lr": draw(st.sampled_from([0.1, 1.0])),
         "qk_rmsnorm": draw(flag),
         "post_rmsnorm": draw(flag),
         "pre_rmsnorm": draw(flag),
         "attn_pool_chunks": draw(flag) and chunk > 1,
-        "num_kv_per_token": draw(st.integers(1, 2)),
+        "num_kv_per_token": updates,
         "qkv_receives_diff_views": draw(flag),
         "mem_model_norm_add_residual": draw(flag),
         "per_head_learned_parameters": draw(flag),
@@ -137,8 +144,33 @@ def _transformers(draw: st.DrawFn) -> dict[str, Any]:
         "neural_memory_layers": draw(st.sampled_from([None, [1], [2]])),
         "dim_head": 8,
         "heads": 2,
+        "ff_mult": draw(st.sampled_from([4, 2, 2.5])),
+        "neural_memory_model": draw(st.none() | _MODELS),
+        "neural_memory_kwargs": draw(_kwargs(chunk)),
+    }
+
+
+@st.composite
+def _kwargs(draw: st.DrawFn, chunk: int) -> dict[str, Any]:
+    flag, orders = st.booleans(), draw(st.integers(1, 2))
+    lookahead = draw(flag) and chunk > 1
+    return {
+        "heads": 2,
+        "dim_head": 8,
         # Small steps: gradients at sums of memories would otherwise make float32 noise of the library's grow.
-        "neural_memory_kwargs": {"heads": 2, "dim_head": 8, "default_step_transform_max_lr": 0.1},
+        "default_step_transform_max_lr": 0.1,
+        "momentum": draw(flag) or orders > 1,
+        "momentum_order": orders,
+        "learned_momentum_combine": draw(flag) and orders > 1,
+        "max_grad_norm": draw(st.sampled_from([None, 2.0])),
+        "per_parameter_lr_modulation": draw(flag),
+        "qk_rmsnorm": draw(flag),
+        "post_rmsnorm": draw(flag),
+        "attn_pool_chunks": draw(flag) and chunk > 1,
+        "num_kv_per_token": draw(st.integers(1, 2)),
+        "gated_transition": draw(flag),
+        "per_head_learned_parameters": draw(flag),
+        "store_with_lookahead_value": lookahead,
     }
 
 
@@ -155,9 +187,11 @@ def test_any_combination_of_a_transformers_options_cut_anywhere(
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_aligned_chunks_chained_are_the_whole(gated: bool) -> None:
-    arguments = MEMORY_BASE | {"chunk_size": 16, "gated_transition": gated}
+    arguments = MEMORY_BASE | {"chunk_size": 16, "batch_size": 16, "gated_transition": gated}
     theirs, ours = pair(MEMORY, arguments)
-    sequence = sequence_for(ours, 2, 48)
+    # One more than three chunks: at the end of a batch of chunks the library reads the memory of before
+    # the transition, if nothing follows.
+    sequence = sequence_for(ours, 2, 49)
     _agree(streamed(ours, sequence, [16, 16]), parallel(theirs, sequence), 1e-9)
 
 
@@ -196,3 +230,22 @@ def test_weights_in_float32_agree_to_float32() -> None:
     ours = imported(MEMORY_BASE, theirs.state_dict())
     sequence = sequence_for(ours, 2, 64)
     _agree(streamed(ours, sequence, [10, 1]), parallel(theirs, sequence), 1e-5)
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_losses_and_steps_are_those_of_return_surprises(updates: int) -> None:
+    theirs, ours = pair(MEMORY, MEMORY_BASE | {"num_kv_per_token": updates})
+    assert isinstance(ours, NeuralMemoryModel)
+    sequence, dim = sequence_for(ours, 2, 16), 8
+    with torch.no_grad():
+        _, _, (losses, steps) = theirs(sequence, return_surprises=True)
+        weights = [w.expand(2, *w.shape) for w in ours.memory.memory_model_parameters]
+        key, value, step = ours.memory.taught(sequence)
+        answers = ours.memory.network.read(tuple(weights), key)
+        total, _, *rest = Association(ours)(sequence, *weights)
+    assert losses.shape == steps.shape == (2, 2, 16 * updates)
+    _agree((answers - value).square().mean(-1), losses, 1e-9)
+    _agree(step, steps, 1e-9)
+    # What a session reports is half the squared length, and the step on that: each of them over dim / 2.
+    _agree(total, losses.sum((1, 2)) * dim / 2, 1e-9)
+    _agree(rest[-1], steps.unflatten(-1, (16, updates)).mean(-1) * 2 / dim, 1e-9)

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from titans_export.importers.titans_pytorch.arguments import shown
 from titans_export.importers.titans_pytorch.exportable import ImportedModel
 from titans_export.importers.titans_pytorch.keys import (
     MEMORY,
     TRANSFORMER,
     LibraryModel,
     build_model,
+    check_fit,
     load,
     recognised,
     unwrapped,
@@ -26,10 +28,12 @@ from titans_export.importers.titans_pytorch.options import (
     from_dict,
     to_dict,
 )
+from titans_export.importers.titans_pytorch.versions import read_options, told_version
 from titans_export.training.checkpoint import (
     CONFIG_FILE,
     TENSORS_FILE,
     check_config,
+    read_metadata,
     read_tensors,
     save_weights,
     write_json,
@@ -42,6 +46,7 @@ LIBRARY = "titans-pytorch"
 _EDITING = {"edit": 1.0, "editor": None}
 _EDITING_FILE = "editing.json"
 _BYTES = 256
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -80,19 +85,22 @@ def import_checkpoint(
         UsageError: an argument cannot be represented, or does not fit the model.
     """
     tensors = unwrapped(_read(file, entry))
+    path = config or file.with_suffix(".json")
+    _refuse_overwriting(out, file, path)
     try:
         kind = recognised(tensors)
     except DataError as error:
         raise DataError(f"{file}: {error}") from None
-    path = config or file.with_suffix(".json")
     arguments = _arguments(path)
     stated = arguments.pop("class", kind)
     if stated != kind:
-        raise UsageError(f"{path}: class is {stated!r}, but {file} holds a {kind}")
+        raise UsageError(f"{path}: class is {shown(stated)}, but {file} holds a {kind}")
     try:
-        options = MemoryOptions.read(arguments) if kind == MEMORY else TransformerOptions.read(arguments)
+        version = arguments.pop("version", None)
+        options = read_options(kind, arguments, version)
         content = {
             "library": LIBRARY,
+            "version": version or told_version(tensors),
             "class": kind,
             "options": to_dict(options),
             "tokenizer": _tokenizer(options, tokenizer),
@@ -100,9 +108,10 @@ def import_checkpoint(
         _refuse_outside_weights(options)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
-    model = build_model(kind, options)
     try:
-        load(model, tensors)
+        check_fit(kind, options, tensors)
+        model = build_model(kind, options)
+        load(model, {name: _finite(name, tensor) for name, tensor in tensors.items()})
     except DataError as error:
         raise DataError(f"{file}: {error}") from None
     save_imported(model, content, out)
@@ -139,14 +148,15 @@ def load_imported(folder: Path, config: Mapping[str, Any]) -> ImportedModel:
         _tokenizer(options, config.get("tokenizer"))
     except (UsageError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: {error}") from None
-    model = build_model(kind, options)
-    _fill(model, folder / TENSORS_FILE)
+    model = _filled(kind, options, folder / TENSORS_FILE)
     check_config(folder / TENSORS_FILE, dict(config))
     return ImportedModel(model, dict(config))
 
 
-def _fill(model: LibraryModel, path: Path) -> None:
-    tensors, expected = read_tensors(path), model.state_dict()
+def _filled(kind: str, options: MemoryOptions | TransformerOptions, path: Path) -> LibraryModel:
+    tensors = read_tensors(path)
+    with torch.device("meta"):  # a wrong width must not cost its memory before it is noticed
+        expected = build_model(kind, options).state_dict()
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors or name not in expected:
             side = "missing from" if name not in tensors else "not expected in"
@@ -156,7 +166,9 @@ def _fill(model: LibraryModel, path: Path) -> None:
                 f"{path}: {name} has shape {tuple(tensors[name].shape)}; "
                 f"config.json asks for {tuple(expected[name].shape)}"
             )
+    model = build_model(kind, options)
     model.load_state_dict(tensors)
+    return model
 
 
 def _tokenizer(options: MemoryOptions | TransformerOptions, wanted: object) -> str:
@@ -193,9 +205,19 @@ def _arguments(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: must hold the constructor's arguments as a JSON object ({error})") from None
 
 
+def _refuse_overwriting(out: Path, *sources: Path) -> None:
+    """A checkpoint's files have names that the user's may have, too."""
+    for source in sources:
+        if source.parent.resolve() == out.resolve():
+            raise UsageError(
+                f"--out {out}: is the folder of {source.name}, which is imported and might be overwritten; "
+                "name another"
+            )
+
+
 def _read(file: Path, entry: str | None) -> dict[str, Tensor]:
-    """The state dict in a file, in float32."""
-    content: object = read_tensors(file) if file.suffix == ".safetensors" else _unpickled(file)
+    """The state dict in a file, as it is there."""
+    content: object = _safetensors(file) if _is_safetensors(file) else _unpickled(file)
     if entry is not None:
         if not isinstance(content, Mapping) or entry not in content:
             held = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
@@ -209,28 +231,65 @@ def _read(file: Path, entry: str | None) -> dict[str, Tensor]:
             f"{file}: {others[0]!r} is no tensor; save model.state_dict(), or name what holds it: "
             f"--entry {others[0]}"
         )
-    return {str(name): _checked(file, str(name), tensor) for name, tensor in content.items()}
+    for name, tensor in content.items():
+        _refuse_form(file, str(name), tensor)
+    return {str(name): tensor for name, tensor in content.items()}
+
+
+def _is_safetensors(file: Path) -> bool:
+    """By its content: a name may have any ending."""
+    try:
+        with file.open("rb") as opened:
+            head = opened.read(9)
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from None
+    return head[8:] == b"{" and int.from_bytes(head[:8], "little") <= file.stat().st_size
+
+
+def _safetensors(file: Path) -> dict[str, Tensor]:
+    """Of several names for one tensor, ``safetensors.torch.save_model`` keeps one and notes the others."""
+    tensors = read_tensors(file)
+    for name, kept in read_metadata(file).items():
+        if kept in tensors:
+            tensors.setdefault(name, tensors[kept])
+    return tensors
 
 
 def _unpickled(file: Path) -> object:
     """By ``torch.load`` with nothing but tensors allowed."""
     try:
-        with quiet():
-            return torch.load(file, map_location="cpu", weights_only=True)
+        with quiet(), file.open("rb") as opened:  # given a name, it would go by its ending
+            return torch.load(opened, map_location="cpu", weights_only=True)
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror})") from None
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - what a damaged pickle raises is anything
         reason = str(error).strip().split("\n", maxsplit=1)[0]
+        if reason.startswith("Weights only load failed"):  # its advice is to run what the file holds
+            reason = "damaged, or it holds more than tensors"
         raise DataError(
             f"{file}: no file of tensors ({reason}); save model.state_dict() with torch.save, or safetensors"
         ) from None
 
 
-def _checked(file: Path, name: str, tensor: Tensor) -> Tensor:
-    if not tensor.is_floating_point():
-        raise DataError(f"{file}: {name} is of type {tensor.dtype}; expected floating-point numbers")
-    if not torch.isfinite(tensor).all():
-        raise DataError(f"{file}: {name} holds values that are not finite")
-    return tensor.float()
+def _refuse_form(file: Path, name: str, tensor: Tensor) -> None:
+    """What is no dense tensor of floating-point numbers, with numbers in it."""
+    if tensor.dtype not in _DTYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        raise DataError(
+            f"{file}: {name} is of type {tensor.dtype}; expected floating-point numbers, of {known}"
+        )
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise DataError(f"{file}: {name} is a sparse or nested tensor; save a dense one")
+    if tensor.is_meta:
+        raise DataError(f"{file}: {name} has a shape but no numbers (device meta); save the trained model")
+
+
+def _finite(name: str, tensor: Tensor) -> Tensor:
+    """In float32."""
+    converted = tensor.float()
+    if not torch.isfinite(converted).all():
+        held = "too large for float32" if torch.isfinite(tensor).all() else "that are not finite"
+        raise DataError(f"{name} holds values {held}")
+    return converted

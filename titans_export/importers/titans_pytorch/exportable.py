@@ -94,7 +94,8 @@ class ImportedModel:
         return [self._model(), *gradients]
 
     def _model(self) -> Program:
-        streamed = Streamed(self.model, Rules(recurrence=recurrence_node))
+        node = partial(recurrence_node, width=_width_of_answers(self.model))
+        streamed = Streamed(self.model, Rules(recurrence=node))
         schema = self.state()
         sequence, scores = self._sequence(), self._scores()
         past_axes: dict[str, Axes] = {f"past.{key}": ("batch", *entry.shape) for key, entry in schema.items()}
@@ -150,7 +151,8 @@ class ImportedModel:
             core: Core, position: Tensor, tokens: Tensors, carry: Tensors, shared: Tensors
         ) -> tuple[Tensor, Tensors]:
             del position
-            width = sum(core.model.stored_widths) if isinstance(core, StoredCore) else None
+            answers = _width_of_answers(self.model)
+            width = sum(core.model.stored_widths) if isinstance(core, StoredCore) else answers
             found.append(recurrence_program(core, tokens, carry, shared, width))
             like = tokens[0]
             return like.new_zeros(*like.shape[:-1], width or like.shape[-1]), carry
@@ -183,3 +185,8 @@ class ImportedModel:
     def goldens(self) -> dict[str, npt.NDArray[np.generic]]:
         """By the token loop in float64."""
         return make_goldens(self.model)
+
+
+def _width_of_answers(model: LibraryModel) -> int | None:
+    """Of what the recurrence puts out; None where it is that of what goes in: three views have one answer."""
+    return model.options.dim if isinstance(model, NeuralMemoryModel) else None

@@ -95,6 +95,10 @@ class _Reader:
             )
         return tensor
 
+    def has(self, key: str, shape: Iterable[int]) -> bool:
+        """Whether a tensor is there, and of that shape."""
+        return key in self._left and tuple(self._left[key].shape) == tuple(shape)
+
     def skip(self, key: str) -> None:
         """A tensor that the library stores and never uses."""
         self._left.pop(key, None)
@@ -113,9 +117,10 @@ def _load_memory(memory: LibraryMemory, reader: _Reader, prefix: str) -> None:
     for name, parameter in memory.named_parameters():
         key = prefix + _library_key(name, activated=options.activation is not None)
         if name.startswith("memory_model_parameters"):
-            shared = not options.per_head_learned_parameters
-            shape = parameter.shape[1:] if shared else parameter.shape
-            parameter.copy_(reader.take(key, shape))  # shared: the same for every head
+            # Shared weights are the same for every head; those of one head may be stored as the template's.
+            alone = options.heads == 1 and reader.has(key, parameter.shape[1:])
+            shared = alone or not options.per_head_learned_parameters
+            parameter.copy_(reader.take(key, parameter.shape[1:] if shared else parameter.shape))
         elif parameter.dim() == 2 and name.endswith(".weight"):
             parameter.copy_(reader.take(key, reversed(parameter.shape)).t())
         else:
@@ -249,3 +254,14 @@ def build_model(kind: str, options: MemoryOptions | TransformerOptions) -> Libra
         return TransformerModel(options)
     assert kind == MEMORY
     return NeuralMemoryModel(options)
+
+
+def check_fit(kind: str, options: MemoryOptions | TransformerOptions, tensors: Mapping[str, Tensor]) -> None:
+    """Whether keys and shapes are those that the arguments ask for, before memory is spent on a model.
+
+    Raises:
+        DataError: see :func:`load`.
+    """
+    shapes = {name: torch.empty(tensor.shape, device="meta") for name, tensor in tensors.items()}
+    with torch.device("meta"):
+        load(build_model(kind, options), shapes)

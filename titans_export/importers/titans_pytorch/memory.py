@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from titans_export.importers.titans_pytorch.lengths import length
 from titans_export.importers.titans_pytorch.networks import Weights, gradient
 from titans_export.importers.titans_pytorch.options import MemoryOptions
 
 _SMALLEST = 1e-15  # a length of zero must neither divide zero nor have an infinite slope
+_SMALLEST_MATRIX = 1e-7  # the library's, below which a matrix is not stretched to length one
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
@@ -353,14 +355,10 @@ def _choose(rows: Tensor, new: Tensor, old: Tensor) -> Tensor:
 
 def _clamped(gradient: Tensor, limit: float) -> Tensor:
     """``g · (tanh(‖g‖ / (m/2)) + 1) (m/2) / ‖g‖``, over all of a head's tensor."""
-    norm = _length(gradient, tuple(range(2, gradient.dim())))
+    norm = length(gradient, tuple(range(2, gradient.dim())), _SMALLEST)
     half = limit / 2
     scale = (torch.tanh(norm / half) * half + half) / norm
     return gradient * _beside(scale, gradient)
-
-
-def _length(x: Tensor, axes: tuple[int, ...]) -> Tensor:
-    return ((x * x).sum(axes) + _SMALLEST**2).sqrt()
 
 
 def _orthogonal(x: Tensor) -> Tensor:
@@ -370,7 +368,7 @@ def _orthogonal(x: Tensor) -> Tensor:
     a, b, c = _NEWTON_SCHULZ
     tall = x.shape[-2] > x.shape[-1]
     t = x.mT if tall else x
-    t = t / (_length(t, (-2, -1))[..., None, None] + _SMALLEST)
+    t = t / length(t, (-2, -1), _SMALLEST_MATRIX, keepdim=True)
     for _ in range(5):
         square = t @ t.mT
         t = a * t + (b * square + c * square @ square) @ t

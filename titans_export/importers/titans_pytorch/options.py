@@ -7,6 +7,13 @@ import inspect
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from titans_export.importers.titans_pytorch.arguments import (
+    an_object,
+    check_number,
+    check_numbers,
+    refuse_unknown,
+    shown,
+)
 from titans_export.importers.titans_pytorch.networks import NETWORKS, Network, build
 from titans_runtime.errors import UsageError
 
@@ -18,6 +25,7 @@ _NO_EFFECT = ("use_accelerated_scan", "init_adaptive_step_bias", "init_momentum_
 _NO_EFFECT_TRANSFORMER = ("use_flex_attn", "neural_memory_add_value_residual")
 _FUNCTIONS = ("store_memory_loss_fn", "adaptive_step_transform")
 _NOT_STREAMED = "MemoryAttention"
+_OPTIONAL = ("batch_size", "max_grad_norm", "neural_memory_segment_len", "neural_memory_batch_size")
 
 
 @dataclass(frozen=True)
@@ -62,13 +70,18 @@ class MemoryOptions:
         Raises:
             UsageError: an argument is missing, unknown, of a wrong kind, or cannot be represented.
         """
+        own = [entry.name for entry in dataclasses.fields(cls)]
+        refuse_unknown(arguments, [*own, "default_model_kwargs", *_NO_EFFECT, *_FUNCTIONS], where)
         given = _without(arguments, _NO_EFFECT)
         _refuse_functions(given, _FUNCTIONS, where)
         if "dim" not in given:
             raise UsageError(f"{where}: the argument dim is missing")
-        given["dim_head"] = given.get("dim_head") or given["dim"]
+        if given.get("dim_head") is None:
+            given["dim_head"] = given["dim"]
         given["chunk_size"] = _chunk_size(given.get("chunk_size", 1), where)
-        default_model = given.pop("default_model_kwargs", None) or _DEFAULT_MODEL
+        check_numbers(given, where, _OPTIONAL)
+        default_model = an_object(given, "default_model_kwargs", where)
+        default_model = _DEFAULT_MODEL if default_model is None else default_model
         given["model"] = _network(given.get("model"), default_model, given["dim_head"], where)
         given["activation"] = _activation(given.get("activation"), where)
         return _checked(MemoryOptions, given, where)
@@ -84,7 +97,7 @@ class MemoryOptions:
             raise UsageError(
                 f"{where}: with one head dim_head must be dim, {self.dim}; it is {self.dim_head}"
             )
-        if self.batch_size is not None and (self.batch_size < 1 or self.batch_size % self.chunk_size):
+        if self.batch_size is not None and self.batch_size % self.chunk_size:
             raise UsageError(
                 f"{where}: batch_size is {self.batch_size}, no multiple of chunk_size {self.chunk_size}"
             )
@@ -92,9 +105,6 @@ class MemoryOptions:
             raise UsageError(f"{where}: learned_momentum_combine needs a momentum_order above 1")
         if self.attn_pool_chunks and self.chunk_size == 1:
             raise UsageError(f"{where}: attn_pool_chunks needs a chunk_size above 1")
-        for name in ("dim", "dim_head", "heads", "chunk_size", "momentum_order", "num_kv_per_token"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{where}: {name} is {getattr(self, name)}; it must be 1 or more")
 
     @property
     def network(self) -> Network:
@@ -146,30 +156,16 @@ class TransformerOptions:
             UsageError: an argument is missing, unknown, of a wrong kind, or cannot be represented.
         """
         where = "MemoryAsContextTransformer"
+        own = [entry.name for entry in dataclasses.fields(cls) if entry.name != "memory"]
+        known = [*own, *_OF_ITS_MEMORIES, *_NO_EFFECT_TRANSFORMER, "token_emb"]
+        refuse_unknown(arguments, known, where)
         given = _without(arguments, _NO_EFFECT_TRANSFORMER)
         _refuse_functions(given, ("token_emb",), where)
         for name in ("num_tokens", "dim", "depth", "segment_len"):
-            if type(given.get(name)) is not int or given[name] < 1:
-                raise UsageError(f"{where}: {name} is {given.get(name)!r}; it must be an integer, 1 or more")
-        window = given["segment_len"] + given.get("num_longterm_mem_tokens", 0)
-        kwargs = given.pop("neural_memory_kwargs", None) or {}
-        if not isinstance(kwargs, dict):
-            raise UsageError(f"{where}: neural_memory_kwargs is {kwargs!r}; it must be an object")
-        own = {
-            "dim": given["dim"],
-            "chunk_size": given.pop("neural_memory_segment_len", None) or window,
-            "batch_size": given.pop("neural_memory_batch_size", None),
-            "model": given.pop("neural_memory_model", None),
-            "qkv_receives_diff_views": True,
-        }
-        twice = sorted(own.keys() & kwargs.keys()) + [n for n in ("accept_weight_residual",) if n in kwargs]
-        if twice:
-            raise UsageError(
-                f"{where}: neural_memory_kwargs must not hold {twice[0]}, which the class sets itself"
-            )
-        given["memory"] = MemoryOptions.read(own | kwargs, f"{where}: neural_memory_kwargs")
-        layers = given.get("neural_memory_layers")
-        given["neural_memory_layers"] = tuple(range(1, given["depth"] + 1) if layers is None else layers)
+            check_number(name, given.get(name), where)
+        check_numbers(given, where, _OPTIONAL)
+        given["memory"] = _memories(given, where)
+        given["neural_memory_layers"] = _layers(given.get("neural_memory_layers"), given["depth"], where)
         return _checked(TransformerOptions, given, where)
 
     def __post_init__(self) -> None:
@@ -184,13 +180,8 @@ class TransformerOptions:
                 f"{where}: neural_memory_segment_len is {self.memory.chunk_size}, which does not divide "
                 f"segment_len + num_longterm_mem_tokens, {self.window}: such a model cannot be imported"
             )
-        if any(type(layer) is not int for layer in self.neural_memory_layers):
-            raise UsageError(f"{where}: neural_memory_layers must be integers, counted from 1")
         if self.dim_head % 2:
             raise UsageError(f"{where}: dim_head is {self.dim_head}; rotary positions need an even one")
-        for name in ("dim_head", "heads", "num_residual_streams"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{where}: {name} is {getattr(self, name)}; it must be 1 or more")
 
     @property
     def window(self) -> int:
@@ -201,6 +192,45 @@ class TransformerOptions:
     def memory_layers(self) -> tuple[int, ...]:
         """Layers with a memory, counted from 0."""
         return tuple(layer for layer in range(self.depth) if layer + 1 in self.neural_memory_layers)
+
+
+_OF_ITS_MEMORIES = (
+    "neural_memory_segment_len",
+    "neural_memory_batch_size",
+    "neural_memory_model",
+    "neural_memory_kwargs",
+)
+
+
+def _memories(given: dict[str, Any], where: str) -> MemoryOptions:
+    """Options of a transformer's memories, whose arguments are taken out of ``given``."""
+    chunk = given.pop("neural_memory_segment_len", None)
+    window = given["segment_len"] + given.get("num_longterm_mem_tokens", 0)
+    own = {
+        "dim": given["dim"],
+        "chunk_size": window if chunk is None else chunk,
+        "batch_size": given.pop("neural_memory_batch_size", None),
+        "model": given.pop("neural_memory_model", None),
+        "qkv_receives_diff_views": True,
+    }
+    kwargs = an_object(given, "neural_memory_kwargs", where) or {}
+    twice = sorted(own.keys() & kwargs.keys()) + [n for n in ("accept_weight_residual",) if n in kwargs]
+    if twice:
+        raise UsageError(
+            f"{where}: neural_memory_kwargs must not hold {twice[0]}, which the class sets itself"
+        )
+    return MemoryOptions.read(own | kwargs, f"{where}: neural_memory_kwargs")
+
+
+def _layers(value: object, depth: int, where: str) -> tuple[int, ...]:
+    """Layers with a memory, counted from 1; numbers beyond the last layer mean nothing to the library."""
+    if value is None:
+        return tuple(range(1, depth + 1))
+    if not isinstance(value, list | tuple) or any(type(layer) is not int for layer in value):
+        raise UsageError(
+            f"{where}: neural_memory_layers is {shown(value)}; it must be a list of integers, counted from 1"
+        )
+    return tuple(value)
 
 
 _Options = TypeVar("_Options", MemoryOptions, TransformerOptions)
@@ -219,8 +249,11 @@ def from_dict(cls: type[_Options], content: dict[str, Any]) -> _Options:
     """
     content = dict(content)
     if cls is TransformerOptions:
-        content["memory"] = from_dict(MemoryOptions, content.get("memory", {}))
-        content["neural_memory_layers"] = tuple(content.get("neural_memory_layers", ()))
+        content["memory"] = from_dict(MemoryOptions, an_object(content, "memory", cls.__name__) or {})
+        content["neural_memory_layers"] = _layers(content.get("neural_memory_layers", ()), 0, cls.__name__)
+    else:
+        spec = an_object(content, "model", cls.__name__) or {}
+        content["model"] = _network(spec, {}, content.get("dim_head", 0), cls.__name__)
     return _checked(cls, content, cls.__name__)
 
 
@@ -240,7 +273,7 @@ def _chunk_size(value: object, where: str) -> int:
         value = value[0]
     if type(value) is not int:
         raise UsageError(
-            f"{where}: chunk_size is {value!r}; it must be one integer, the same to read and to write"
+            f"{where}: chunk_size is {shown(value)}; it must be one integer, the same to read and to write"
         )
     return value
 
@@ -251,9 +284,9 @@ def _network(spec: object, default: dict[str, Any], dim: int, where: str) -> dic
         spec = {"class": "MemoryMLP", **default}
     if isinstance(spec, str):
         spec = {"class": spec}
-    if not isinstance(spec, dict) or "class" not in spec:
+    if not isinstance(spec, dict) or not isinstance(spec.get("class"), str):
         raise UsageError(
-            f'{where}: model is {spec!r}; give an object, as {{"class": "MemoryMLP", "depth": 2}}'
+            f'{where}: model is {shown(spec)}; give an object, as {{"class": "MemoryMLP", "depth": 2}}'
         )
     name = spec["class"]
     if name == _NOT_STREAMED:
@@ -262,19 +295,17 @@ def _network(spec: object, default: dict[str, Any], dim: int, where: str) -> dic
             "and so cannot be imported"
         )
     if name not in NETWORKS:
-        raise UsageError(f"{where}: model is {name!r}; known: {', '.join(NETWORKS)}")
+        raise UsageError(f"{where}: model is {shown(name)}; known: {', '.join(NETWORKS)}")
     full = {"dim": dim} | spec
     parameters = inspect.signature(NETWORKS[name]).parameters
     for argument in full.keys() - {"class"} - parameters.keys():
         raise UsageError(
-            f"{where}: model: {name} has no argument {argument!r}; it has {', '.join(parameters)}"
+            f"{where}: model: {name} has no argument {shown(argument)}; it has {', '.join(parameters)}"
         )
     for argument, parameter in parameters.items():
         if argument not in full and parameter.default is inspect.Parameter.empty:
             raise UsageError(f"{where}: model: {name} needs the argument {argument}")
-        value = full.setdefault(argument, parameter.default)
-        if type(value) not in (int, float) or value <= 0:
-            raise UsageError(f"{where}: model: {argument} is {value!r}; it must be a positive number")
+        check_number(argument, full.setdefault(argument, parameter.default), f"{where}: model")
     if full["dim"] != dim:
         raise UsageError(f"{where}: model: dim is {full['dim']}; it must be dim_head, {dim}")
     return full
@@ -285,7 +316,9 @@ def _activation(value: object, where: str) -> str | None:
         return None
     name = str(value).removeprefix("torch.").removeprefix("nn.").removesuffix("()")
     if name not in ACTIVATIONS:
-        raise UsageError(f"{where}: activation is {value!r}; known: {', '.join(ACTIVATIONS)}, of torch.nn")
+        raise UsageError(
+            f"{where}: activation is {shown(value)}; known: {', '.join(ACTIVATIONS)}, of torch.nn"
+        )
     return name
 
 
@@ -304,12 +337,12 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 def _checked(cls: type[_Options], given: dict[str, Any], where: str) -> _Options:
     known = {entry.name: entry for entry in dataclasses.fields(cls)}
+    refuse_unknown(given, known, where)
+    check_numbers(given, where, _OPTIONAL)
     for name, value in given.items():
-        if name not in known:
-            raise UsageError(f"{where}: unknown argument {name!r}; known: {', '.join(known)}")
         kind = str(known[name].type)
         if type(value) not in _KINDS[kind]:
-            raise UsageError(f"{where}: {name} is {value!r}; expected {kind}")
+            raise UsageError(f"{where}: {name} is {shown(value)}; expected {kind}")
     for name, entry in known.items():
         required = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
         if required and name not in given:

@@ -365,10 +365,7 @@ def _soft_clamp(gradient: Tensor, limit: float) -> Tensor:
 
 def _newton_schulz(x: Tensor) -> Tensor:
     """Five steps on the singular values alone: ``σ ← 3.4445 σ - 4.7750 σ³ + 2.0315 σ⁵``."""
-    norm = x.norm()
-    if norm == 0:
-        return x
-    left, values, right = torch.linalg.svd(x / norm, full_matrices=False)
+    left, values, right = torch.linalg.svd(x / max(x.norm(), 1e-7), full_matrices=False)
     for _ in range(5):
         values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
     orthogonal: Tensor = left @ torch.diag(values) @ right

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from titans_export.importers.titans_pytorch.lengths import length
+
 ITERATIONS = 20
 _SMALLEST = 1e-12
 
@@ -50,8 +52,7 @@ class HyperConnection(nn.Module):
 
     def forward(self, x: Tensor) -> Mixed:
         """``(B, E, s, dim)``."""
-        length = ((x * x).sum(-1, keepdim=True) + _SMALLEST**2).sqrt()
-        mix = (x @ self.weight) / length + self.static
+        mix = (x @ self.weight) / length(x, (-1,), _SMALLEST, keepdim=True) + self.static
         branch = (torch.sigmoid(mix[..., :1]) * x).sum(2)
         if not self.adds:
             return Mixed(branch, x, None)
