@@ -31,6 +31,9 @@ _DECAYS = {
 }
 """Settings that an optimizer has besides its step."""
 
+_LARGEST_MOMENTUM = {"adam": 0.9999, "muon": 0.9999}
+"""Of optimizers that take running means: close to 1, a mean in float32 no longer takes anything in."""
+
 
 @dataclass(frozen=True)
 class Editor:
@@ -47,7 +50,8 @@ class Editor:
             ``√(1 + Σ g²)``; on the readout memory with one sum a row, so that rows that were written
             often move less (Duchi et al. 2011). ``titans`` is the memory's own rule with the model's own
             gates; ``adam`` and ``muon`` are what they are elsewhere.
-        momentum: in place of the optimizer's own, or of the model's gate.
+        momentum: in place of the optimizer's own, or of the model's gate; 0 to 1, of ``adam`` and ``muon`` to
+            0.9999.
         retention: what a step keeps of the memory, likewise. Of the readout memory, what is kept of the rows
             that a chunk's contexts pick, once a chunk: what was learnt of them last counts most.
         floor: least retention of a ``titans`` step.
@@ -98,9 +102,7 @@ class Editor:
         for name in ("rollback", "replace"):
             if type(getattr(self, name)) is not bool:
                 raise UsageError(f"editor {name} is {getattr(self, name)!r}; it must be true or false")
-        for name in ("momentum", "retention", "floor"):
-            if getattr(self, name) not in (None, 0.0) and name not in _DECAYS[self.optimizer]:
-                raise UsageError(f"editor {name}: the optimizer {self.optimizer} has none")
+        self._check_decays()
         if self.is_readout:
             self._check_readout()
         self._check_second()
@@ -125,6 +127,16 @@ class Editor:
             value = getattr(self, name)
             if not (type(value) is int and 1 <= value <= most):
                 raise UsageError(f"editor {name} is {value}; it must be an integer from 1 to {most}")
+
+    def _check_decays(self) -> None:
+        for name in ("momentum", "retention", "floor"):
+            unset = 0.0 if name == "floor" else None
+            if getattr(self, name) != unset and name not in _DECAYS[self.optimizer]:
+                raise UsageError(f"editor {name}: the optimizer {self.optimizer} has none")
+        most = _LARGEST_MOMENTUM.get(self.optimizer, 1)
+        if self.momentum is not None and self.momentum > most:
+            of = f"editor momentum is {self.momentum}; of {self.optimizer}"
+            raise UsageError(f"{of} it must be a number from 0 to {most}")
 
     def _check_readout(self) -> None:
         if self.optimizer not in READOUT_OPTIMIZERS:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from titans_runtime import Editor, UsageError
-from titans_runtime.editor import MAX_CHUNK
+from titans_runtime.editor import MAX_CHUNK, decays
+from titans_runtime.optimizers import OPTIMIZERS, Step
 
 editors = st.builds(
     Editor,
@@ -47,6 +50,18 @@ def test_the_objective_names_the_graph() -> None:
         ({"momentum": 0.5}, "momentum: the objective readout has none"),
         ({"retention": -0.1}, "retention is -0.1; it must be a number from 0 to 1"),
         ({"objective": "prediction", "floor": 0.5}, "floor: the optimizer sgd has none"),
+        (
+            {"objective": "prediction", "optimizer": "adam", "momentum": 1},
+            "momentum is 1; of adam it must be a number from 0 to 0.9999",
+        ),
+        (
+            {"objective": "prediction", "optimizer": "adagrad", "momentum": 0},
+            "the optimizer adagrad has none",
+        ),
+        (
+            {"objective": "prediction", "optimizer": "muon", "momentum": 0.99999},
+            "momentum is 0.99999; of muon it must be a number from 0 to 0.9999",
+        ),
         ({"objective": "prediction", "retention": 1.5}, "retention is 1.5; it must be a number from 0 to 1"),
         ({"objective": "prediction", "memories": "layers.0"}, "memories is 'layers.0'; give a tuple"),
         ({"rollback": 1}, "rollback is 1; it must be true or false"),
@@ -92,6 +107,29 @@ def test_values_outside_their_range_are_refused(settings: dict[str, Any], messag
 def test_malformed_text_is_refused_and_the_part_named(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Editor.parse(text)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("gradient", [0.0, 1e-30, 1.0])
+def test_every_optimizer_takes_the_ends_of_all_its_ranges(optimizer: str, gradient: float) -> None:
+    """Whatever an editor may be made with, two steps are finite numbers and no exception."""
+    ends = {"momentum": (None, 0.0, 0.9999, 1.0), "retention": (None, 0.0, 1.0), "floor": (0.0, 1.0)}
+    combinations = [dict(zip(ends, chosen, strict=True)) for chosen in itertools.product(*ends.values())]
+    made = 0
+    for settings in combinations:
+        try:
+            editor = Editor("prediction", optimizer=optimizer, **settings)
+        except UsageError:
+            continue
+        made += 1
+        rule = OPTIMIZERS[optimizer](size=editor.step, **decays(editor))
+        value = np.ones((1, 2, 3), np.float32)
+        moments = {name: np.zeros_like(value) for name in rule.moments}
+        for count in range(2):
+            given = Step(np.full_like(value, gradient), moments, count)
+            value, moments = rule.step(value, given)
+        assert np.isfinite(value).all()
+    assert made
 
 
 def test_two_editors_side_by_side() -> None:
