@@ -201,7 +201,7 @@ class MemoriesEditor:
         if not lesson.steps:
             lesson.learnt = 0
         lesson.seconds = time.perf_counter() - began
-        report.lessons.append(lesson)
+        report.add(lesson)
 
     @property
     def _predicts(self) -> bool:

@@ -251,15 +251,15 @@ class ReadoutEditor:
         if known.any():
             self._clear(count)
             self._call.run()
-            self._take_steps(known, lesson, report)
+            self._take_steps(known, lesson, report, began)
         else:
             lesson.refused = "no text to learn from"
         if not streaming and lesson.steps:
             self._settle()
         lesson.seconds = time.perf_counter() - began
-        report.lessons.append(lesson)
+        report.add(lesson)
 
-    def _take_steps(self, known: Array, lesson: Lesson, report: EditReport) -> None:
+    def _take_steps(self, known: Array, lesson: Lesson, report: EditReport, began: float) -> None:
         """Change the memory step by step, as far as the policy lets it. The call has been run."""
         editor = self.editor
         surprise = self._loss[0, : len(known)][known]
@@ -274,6 +274,9 @@ class ReadoutEditor:
         measures = editor.rollback or editor.steps > 1
         scored = self._logits.copy() if measures else self._logits
         for number in range(editor.steps):
+            if number and 0 < editor.budget <= 1000 * (report.seconds + time.perf_counter() - began):
+                lesson.refused = "time budget spent"
+                break
             before = (self._change[0, rows], self._energy[rows]) if editor.rollback else None
             lesson.refused = self._step(rows, picks, known, lesson, forgets=number == 0)
             if lesson.refused:

@@ -54,12 +54,21 @@ class EditReport:
         tokens: tokens that the call was given.
         surprise: loss in nats of each token that the readout memory was taught, before it saw it, in
             stream order.
-        lessons: every period that ended within the call.
+        lessons: every period that ended within the call; :meth:`add` adds one.
     """
 
     tokens: int = 0
     surprise: list[float] = field(default_factory=list)
     lessons: list[Lesson] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Begin the running total: a budget asks for it at every lesson."""
+        self._seconds = sum(lesson.seconds for lesson in self.lessons)
+
+    def add(self, lesson: Lesson) -> None:
+        """Add a period that has ended."""
+        self.lessons.append(lesson)
+        self._seconds += lesson.seconds
 
     @property
     def loss(self) -> float:
@@ -86,7 +95,7 @@ class EditReport:
     @property
     def seconds(self) -> float:
         """Time spent on editing."""
-        return sum(lesson.seconds for lesson in self.lessons)
+        return self._seconds
 
     @property
     def refusals(self) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -114,6 +115,21 @@ def test_a_spent_budget_ends_the_learning_of_a_call(model: tr.Model) -> None:
     first, *others = session.last_edit.lessons
     assert (first.steps, first.refused) == (1, "")
     assert {lesson.refused for lesson in others} == {"time budget spent"}
+
+
+def test_a_budget_ends_the_steps_of_a_period(model: tr.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock of 5 ms a look: of a thousand steps, those of 18 ms are taken and kept."""
+    ticks = itertools.count()
+    monkeypatch.setattr("titans_runtime.readout.time.perf_counter", lambda: 0.005 * next(ticks))
+    session = model.session(0.0, Editor(chunk=8, step=0.1, steps=1000, budget=18))
+    session.append(TEXT[:9])
+    assert session.last_edit is not None
+    (lesson,) = session.last_edit.lessons
+    assert (lesson.steps, lesson.refused) == (4, "time budget spent")
+    monkeypatch.undo()
+    twin = model.session(0.0, Editor(chunk=8, step=0.1, steps=4))
+    twin.append(TEXT[:9])
+    assert np.array_equal(_memory(session), _memory(twin))
 
 
 @given(text=streams, retention=st.sampled_from([None, 0.5]))
