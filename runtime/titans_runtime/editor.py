@@ -61,8 +61,8 @@ class Editor:
         clip: largest norm of a step's gradient; longer ones are shortened. 0 for no limit.
         budget: milliseconds of editing in one call, after which chunks are no longer learnt from;
             0 for no limit. What is learnt then depends on the machine.
-        rollback: whether a step is taken back that is not finite or leaves its own chunk's loss higher.
-            Costs one more evaluation a step.
+        rollback: whether a step is taken back that is not finite or leaves its own chunk's loss higher than
+            the step before it has; the steps before it are kept. Costs one more evaluation a chunk.
         replace: whether the step takes the place of what the model itself writes during the chunk;
             otherwise it moves the memory as it came in, and the chunk is run again over that.
         also: a second editor that works beside this one: one of the two edits ``readout``, the other the

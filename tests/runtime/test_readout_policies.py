@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import titans_runtime as tr
-from tests.runtime.streams import Array, assert_same_snapshot, relative_error, streams
+from tests.runtime.streams import Array, assert_same_snapshot, check_rollback, relative_error, streams
 from tests.runtime.test_readout import _forward
 from titans_runtime.editor import READOUT_OPTIMIZERS, Editor
 
@@ -141,6 +141,14 @@ def test_with_rollback_no_kept_step_leaves_its_chunk_worse(
     for lesson in [] if session.last_edit is None else session.last_edit.lessons:
         if lesson.steps == 2:
             assert lesson.loss_after <= lesson.loss
+
+
+@pytest.mark.parametrize("optimizer", READOUT_OPTIMIZERS)
+def test_the_step_that_raised_the_loss_is_taken_back_the_others_are_kept(
+    model: tr.Model, optimizer: str
+) -> None:
+    editor = Editor(chunk=8, steps=6, optimizer=optimizer)
+    check_rollback(model, editor, TEXT[:9], np.geomspace(0.1, 300.0, 24).tolist())
 
 
 def test_a_step_taken_back_leaves_no_trace(model: tr.Model) -> None:
