@@ -59,6 +59,7 @@ class Page:
             "curves": "".join(self._curves()),
             "text": "".join(self._text()),
             "cut": self._cut(),
+            "losses": "".join(self._losses()),
             "refusals": self._refusals(),
         }
         return Template(_PAGE).substitute(parts)
@@ -100,6 +101,23 @@ class Page:
             if rest > 0
             else ""
         )
+
+    def _losses(self) -> Iterator[str]:
+        """Loss before and after, of the lessons in which both were measured."""
+        for objective in dict.fromkeys(lesson.objective for lesson in self.lessons):
+            own = [one for one in self.lessons if one.objective == objective and np.isfinite(one.loss_after)]
+            tokens = sum(lesson.learnt for lesson in own)
+            if not tokens:
+                continue
+            before, after = (
+                sum(getattr(lesson, name) * lesson.learnt for lesson in own) / tokens
+                for name in ("loss", "loss_after")
+            )
+            yield (
+                f"<p class=note>{html.escape(objective)}: loss of a token {before:.3f} before the steps, "
+                f"{after:.3f} after the last step that was kept and measured ({len(own):,} lessons; "
+                "without rollback the last of a lesson's steps is not measured).</p>"
+            )
 
     def _refusals(self) -> str:
         counts: dict[str, int] = {}
@@ -223,6 +241,7 @@ table{border-collapse:collapse;font-size:14px}td,th{text-align:left;padding:3px 
 <dl>$facts</dl>
 $curves
 <h2>Lessons</h2>
+$losses
 $refusals
 <h2>The text</h2>
 <div class="switch">

@@ -25,7 +25,9 @@ class Lesson:
         tokens: of the period.
         learnt: those that were learnt from.
         loss: mean loss in nats over these, before the step; for an associative loss, a token's mean error.
-        loss_after: the same after the last step, where an editor measures it.
+        loss_after: the same after the last step that was kept and measured. With ``rollback`` every step is
+            measured; without it all but the last of ``Editor.steps``, which nothing needs: then this is the
+            loss before that step. NaN where none was measured.
         norms: norm of the gradient by memory, before clipping, at the last step that was taken.
         parts: each layer's part of the loss, where it has parts.
         steps: steps that were kept.

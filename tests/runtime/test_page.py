@@ -51,3 +51,15 @@ def test_refusals_are_counted_and_lessons_drawn() -> None:
     assert "<td>a &lt;reason&gt;</td><td>2</td>" in page
     assert "gradient norm of every lesson" in page
     assert "nan" not in _page(b"some text", lessons=(Lesson("readout", 0, 4, 4, math.nan),)).lower()
+
+
+def test_losses_before_and_after_are_means_over_what_was_measured() -> None:
+    lessons = (
+        Lesson("readout", 0, 4, 4, loss=2.0, loss_after=1.0, steps=2),
+        Lesson("readout", 4, 4, 2, loss=5.0, loss_after=4.0, steps=2),
+        Lesson("readout", 8, 4, 4, loss=9.0, steps=1),
+        Lesson("prediction", 0, 4, 4, loss=9.0, steps=1),
+    )
+    page = _page(b"some text", lessons=lessons)
+    assert "readout: loss of a token 3.000 before the steps, 2.000 after the last step that was kept" in page
+    assert "prediction: loss" not in page
