@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -66,7 +67,9 @@ class Editor:
         replace: whether the step takes the place of what the model itself writes during the chunk;
             otherwise it moves the memory as it came in, and the chunk is run again over that.
         also: a second editor that works beside this one: one of the two edits ``readout``, the other the
-            layers' memories.
+            layers' memories. As text, it is read as :meth:`parse` reads it.
+
+    Numbers may be NumPy's scalars; they are kept as Python's.
     """
 
     objective: str = "readout"
@@ -91,6 +94,8 @@ class Editor:
         Raises:
             UsageError: a malformed objective, or a value outside its range.
         """
+        for item in fields(self):
+            object.__setattr__(self, item.name, _plain(getattr(self, item.name)))
         if not re.fullmatch(r"[a-z][a-z0-9_]*", str(self.objective)):
             raise UsageError(f"editor objective {self.objective!r}; known: {', '.join(OBJECTIVES)}")
         if self.optimizer not in OPTIMIZERS:
@@ -148,6 +153,13 @@ class Editor:
                 raise UsageError(f"editor {name}: the objective readout has none")
 
     def _check_second(self) -> None:
+        given: object = self.also
+        if isinstance(given, str):
+            object.__setattr__(self, "also", Editor.parse(given))
+        elif not (given is None or isinstance(given, Editor)):
+            raise UsageError(
+                f"editor also is {given!r}; give an Editor, or its text as in 'prediction:step=0.1'"
+            )
         second = self.also
         if second is None:
             return
@@ -221,6 +233,13 @@ class Editor:
         if len(rest) > 1:
             raise UsageError(f"--editor {text}: two editors at most")
         return dataclasses.replace(first, also=rest[0]) if rest else first
+
+
+def _plain(value: object) -> object:
+    """A NumPy scalar as Python's number of its kind; all else as it is."""
+    if type(value).__module__ != "numpy" or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 _ALWAYS = ("objective", "step", "chunk", "optimizer")

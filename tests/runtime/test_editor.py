@@ -132,6 +132,36 @@ def test_every_optimizer_takes_the_ends_of_all_its_ranges(optimizer: str, gradie
     assert made
 
 
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.float16, np.int64, np.uint8])
+def test_numpy_scalars_are_kept_as_numbers_of_python(kind: type[np.generic]) -> None:
+    editor = Editor(step=kind(1), chunk=np.int32(8), steps=np.uint8(2), budget=kind(3))
+    assert editor == Editor(step=1, chunk=8, steps=2, budget=3)
+    assert {type(editor.step), type(editor.budget)} <= {int, float}
+    assert (type(editor.chunk), type(editor.steps)) == (int, int)
+    json.dumps(editor.to_dict())
+
+
+@pytest.mark.parametrize("step", [np.float64("nan"), np.float32(-1), np.bool_(True), np.complex64(1)])
+def test_numpy_scalars_outside_the_range_are_refused(step: np.generic) -> None:
+    with pytest.raises(UsageError, match=r"editor step is .*; it must be a number from 0 to"):
+        Editor(step=step)
+    with pytest.raises(UsageError, match=r"editor chunk is 4\.0; it must be an integer"):
+        Editor(chunk=np.float64(4))
+
+
+def test_the_second_editor_may_be_text() -> None:
+    assert Editor(also="prediction:step=0.5") == Editor.parse("readout+prediction:step=0.5")
+    for wrong, message in (
+        (5, r"also is 5; give an Editor"),
+        ({"objective": "prediction"}, r"also is \{'objective': 'prediction'\}; give an Editor"),
+        ("prediction:pace=1", "'pace' is unknown"),
+        ("readout", "one of the two edits readout"),
+        ("prediction+readout", "give one editor without a third"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            Editor(also=wrong)
+
+
 def test_two_editors_side_by_side() -> None:
     text = "readout:step=1e-2,chunk=8+prediction:step=1e+0,optimizer=adam,memories=layers.0.*|layers.1.*"
     editor = Editor.parse(text)
