@@ -145,13 +145,12 @@ def continuation(session: Session) -> list[bytes]:
 
 
 def lesson_of(model: Model, editor: Editor, text: bytes) -> tuple[Lesson, dict[str, Array]]:
-    """The only lesson of a text of one period and a token, and the memories after it."""
+    """The only lesson of a text of one period and a token, and the whole state after it."""
     session = model.session(edit=0.0, editor=editor)
     session.append(text)
     assert session.last_edit is not None
     (lesson,) = session.last_edit.lessons
-    states = session.snapshot().arrays
-    return lesson, {name: array for name, array in states.items() if name.startswith("state.")}
+    return lesson, dict(session.snapshot().arrays)
 
 
 def check_rollback(model: Model, editor: Editor, text: bytes, sizes: Iterable[float]) -> None:

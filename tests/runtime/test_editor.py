@@ -36,6 +36,27 @@ def test_settings_that_are_left_out_take_their_defaults() -> None:
     assert Editor.from_dict({}) == Editor()
 
 
+@pytest.mark.parametrize(
+    ("text", "step"),
+    [
+        ("readout", 1.0),
+        ("readout:optimizer=adagrad", 1.0),
+        ("prediction", 0.1),
+        ("association", 1e-4),
+        ("other", 1.0),
+        ("association:optimizer=titans", 1.0),
+        ("prediction:optimizer=adam", 0.01),
+    ],
+)
+def test_the_step_that_is_left_out_is_that_of_objective_and_optimizer(text: str, step: float) -> None:
+    editor = Editor.parse(text)
+    assert editor.step == step
+    assert editor == Editor.from_dict(editor.to_dict())
+    assert editor.to_dict()["step"] == step, "a memory file says it, whatever defaults may become"
+    assert Editor(editor.objective, optimizer=editor.optimizer, step=None) == editor
+    assert Editor.parse(f"{text}{',' if ':' in text else ':'}step=0.3").step == 0.3
+
+
 def test_the_objective_names_the_graph() -> None:
     assert Editor().graph == "gradient.readout"
 
@@ -73,6 +94,7 @@ def test_the_objective_names_the_graph() -> None:
         ({"step": math.nan}, "step is nan"),
         ({"step": math.inf}, "step is inf"),
         ({"step": "1"}, "step is 1"),
+        ({"step": None}, "step is null; leave it out, or give a number"),
         ({"step": True}, "step is True"),
         ({"chunk": 0}, "chunk is 0; it must be an integer from 1 to 1024"),
         ({"chunk": MAX_CHUNK + 1}, "chunk is 1025"),

@@ -225,8 +225,9 @@ def test_a_step_that_does_harm_is_taken_back(model: tr.Model) -> None:
 
 
 def test_the_step_that_raised_the_loss_is_taken_back_the_others_are_kept(model: tr.Model) -> None:
-    editor = tr.Editor.parse("prediction:chunk=16,steps=4")
-    check_rollback(model, editor, TEXT[:17], np.geomspace(0.02, 20.0, 12).tolist())
+    """The momentum swings beyond the lowest point."""
+    swinging = tr.Editor.parse("association:momentum=0.95,chunk=16,steps=5")
+    check_rollback(model, swinging, TEXT[:17], np.geomspace(0.005, 1.0, 12).tolist())
 
 
 @pytest.mark.parametrize("rollback", [True, False])

@@ -147,8 +147,9 @@ def test_with_rollback_no_kept_step_leaves_its_chunk_worse(
 def test_the_step_that_raised_the_loss_is_taken_back_the_others_are_kept(
     model: tr.Model, optimizer: str
 ) -> None:
-    editor = Editor(chunk=8, steps=6, optimizer=optimizer)
-    check_rollback(model, editor, TEXT[:9], np.geomspace(0.1, 300.0, 24).tolist())
+    editor = Editor(chunk=16, steps=5, optimizer=optimizer)
+    text = b"aaaaaaab" * 2 + b"a"  # after equal contexts comes now and then another byte: large steps swing
+    check_rollback(model, editor, text, np.geomspace(0.05, 100.0, 12).tolist())
 
 
 def test_a_step_taken_back_leaves_no_trace(model: tr.Model) -> None:
