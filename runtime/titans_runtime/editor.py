@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from titans_runtime.errors import UsageError
 
@@ -32,6 +32,10 @@ _DECAYS = {
 }
 """Settings that an optimizer has besides its step."""
 
+_STEPS = {"prediction": 0.1, "association": 1e-4}
+_STEPS_OF_OPTIMIZERS = {"titans": 1.0, "adam": 0.01, "muon": 0.01}
+"""Of those whose steps are of a length of their own, whatever the objective."""
+
 _LARGEST_MOMENTUM = {"adam": 0.9999, "muon": 0.9999}
 """Of optimizers that take running means: close to 1, a mean in float32 no longer takes anything in."""
 
@@ -45,6 +49,9 @@ class Editor:
             memories of all layers by the same loss through the whole network; ``association`` each
             layer's memory by ``½ ‖f_M(k) - v‖²``.
         step: step size ``θ`` on the summed loss of a chunk; for ``titans``, a factor on the model's own.
+            By default, or for None: with ``sgd`` and ``adagrad`` 0.1 for ``prediction``, 1e-4 for
+            ``association``, 1 for ``readout`` and the objectives of other bundles; with ``titans`` 1, with
+            ``adam`` and ``muon`` 0.01.
         chunk: gradient period, in tokens: all gradients of a chunk are taken at the memory as it
             stood when the chunk began.
         optimizer: ``sgd`` is plain gradient descent. ``adagrad`` divides the step by
@@ -73,7 +80,7 @@ class Editor:
     """
 
     objective: str = "readout"
-    step: float = 1.0
+    step: float = cast("float", None)  # one is always set when an editor is made
     chunk: int = 4
     optimizer: str = "sgd"
     momentum: float | None = None
@@ -100,6 +107,9 @@ class Editor:
             raise UsageError(f"editor objective {self.objective!r}; known: {', '.join(OBJECTIVES)}")
         if self.optimizer not in OPTIMIZERS:
             raise UsageError(f"editor optimizer {self.optimizer!r}; known: {', '.join(OPTIMIZERS)}")
+        given: object = self.step
+        if given is None:
+            object.__setattr__(self, "step", _default_step(self.objective, self.optimizer))
         self._check_numbers()
         names: object = self.memories
         if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
@@ -211,6 +221,8 @@ class Editor:
             if name not in known:
                 raise UsageError(f"editor field {name!r} is unknown; known: {', '.join(known)}")
         content = dict(content)
+        if content.get("step", 0) is None:
+            raise UsageError(f"editor step is null; leave it out, or give a number from 0 to {MAX_STEP:g}")
         if isinstance(content.get("memories"), list):
             content["memories"] = tuple(content["memories"])
         if content.get("also") is not None:
@@ -233,6 +245,10 @@ class Editor:
         if len(rest) > 1:
             raise UsageError(f"--editor {text}: two editors at most")
         return dataclasses.replace(first, also=rest[0]) if rest else first
+
+
+def _default_step(objective: str, optimizer: str) -> float:
+    return _STEPS_OF_OPTIMIZERS.get(optimizer, _STEPS.get(objective, 1.0))
 
 
 def _plain(value: object) -> object:
