@@ -44,6 +44,7 @@ class Page:
         off: the same without editing.
         lessons: what was learnt.
         facts: rows of the table of figures.
+        began: position of the text in its stream, as the lessons tell positions.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Page:
     off: npt.NDArray[np.float32]
     lessons: Sequence[Lesson]
     facts: dict[str, str]
+    began: int = 0
 
     def render(self) -> str:
         """The page as HTML."""
@@ -161,7 +163,7 @@ class Page:
                 layers[layer] = math.hypot(layers.get(layer, 0.0), norm)
             for layer, norm in layers.items():
                 if math.isfinite(norm):
-                    found.setdefault(layer, []).append((lesson.position, norm))
+                    found.setdefault(layer, []).append((max(lesson.position - self.began, 0), norm))
         return found
 
 
@@ -286,7 +288,7 @@ for (const name of ["on", "off", "gain"])
 )
 
 
-def _specification(editor: dict[str, Any] | None) -> str:
+def specification(editor: dict[str, Any] | None) -> str:
     """An editor as the command line takes it."""
     if editor is None:
         return "none"
@@ -297,16 +299,18 @@ def _specification(editor: dict[str, Any] | None) -> str:
     ]
     settings += [f"memories={'|'.join(editor['memories'])}"] if editor.get("memories") else []
     text = f"{editor['objective']}:{','.join(settings)}"
-    return f"{text}+{_specification(editor['also'])}" if editor.get("also") else text
+    return f"{text}+{specification(editor['also'])}" if editor.get("also") else text
 
 
 def facts_of(fields: dict[str, Any], off: float, on: float) -> dict[str, str]:
     """The table of figures from what ``titans run`` says."""
-    return {
+    prepared = fields.get("prepared")
+    context = {"prepared by": f"{prepared['passes']} × {prepared['bytes']:,} bytes"} if prepared else {}
+    return context | {
         "bits per byte, unedited": f"{off:.3f}",
         "edited": f"{on:.3f}",
         "fewer bits": f"{100 * (1 - on / off):.1f} %",
         "bytes": f"{fields['bytes']:,}",
         "edited bytes a second": f"{fields['tokens_per_second']:,.0f}",
-        "editor": _specification(fields["editor"]),
+        "editor": specification(fields["editor"]),
     }
