@@ -167,6 +167,15 @@ def _add_serve(commands: Subparsers) -> None:
 
 def _add_editing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
+        "--prepare",
+        default=None,
+        metavar="FILE",
+        help="learn from a file before the first output, as the editor does; - is standard input",
+    )
+    parser.add_argument(
+        "--passes", type=int, default=None, metavar="N", help="over the file of --prepare; default: 1"
+    )
+    parser.add_argument(
         "--no-edit", action="store_true", help="no editing at all; default: as the manifest recommends"
     )
     parser.add_argument("--edit", type=float, default=None, metavar="0..1", help="strength of the fused rule")

@@ -15,14 +15,14 @@ from typing import Any
 
 from titans_runtime import scoring
 from titans_runtime.bundle import MANIFEST_NAME, open_bundle
-from titans_runtime.compare import compare
+from titans_runtime.compare import Difference, compare
 from titans_runtime.editor import Editor
 from titans_runtime.errors import DataError, UsageError
 from titans_runtime.files import write_atomically
 from titans_runtime.forward import SEGMENT
 from titans_runtime.model import RECOMMENDED, load
-from titans_runtime.page import Page, facts_of
-from titans_runtime.progress import progress_bar
+from titans_runtime.page import Page, facts_of, specification
+from titans_runtime.progress import progress_bar, progress_counter
 from titans_runtime.report import EditLog
 from titans_runtime.session import Session
 from titans_runtime.state import describe_snapshot, read_snapshot
@@ -58,29 +58,47 @@ def inspect(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    differences = compare(read_snapshot(args.path), read_snapshot(args.other))
+    one, other = read_snapshot(args.path), read_snapshot(args.other)
+    differences = compare(one, other)
+    memories: list[dict[str, Any]] = [
+        {"file": str(path), "position": memory.position, "edit": list(memory.edit), "editor": memory.editor}
+        for path, memory in ((args.path, one), (args.other, other))
+    ]
     if args.json:
-        print(json.dumps([asdict(one) | {"relative": one.relative} for one in differences]))
-        return 0
-    width = max((len(one.name) for one in differences), default=0)
-    print(f"{'tensor':<{width}}  {'norm':>11}  {'norm':>11}  {'distance':>11}  relative  changed")
-    for one in differences:
-        first, second = one.norms
-        print(
-            f"{one.name:<{width}}  {first:>11.4g}  {second:>11.4g}  {one.distance:>11.4g}  "
-            f"{one.relative:>8.3f}  {100 * one.changed:>6.1f}%"
-        )
+        found = [asdict(difference) | {"relative": difference.relative} for difference in differences]
+        print(json.dumps({"memories": memories, "differences": found}))
+    else:
+        _print_comparison(memories, differences)
     return 0
+
+
+def _print_comparison(memories: list[dict[str, Any]], differences: list[Difference]) -> None:
+    for name, memory in zip("AB", memories, strict=True):
+        edit = ", ".join(f"{strength:g}" for strength in memory["edit"])
+        print(f"{name}  {memory['file']}: position {memory['position']:,}, edit {edit}")
+        print(f"   editor {specification(memory['editor'])}")
+    width = max((len(line.name) for line in differences), default=0)
+    print(f"{'tensor':<{width}}  {'norm in A':>11}  {'norm in B':>11}  {'distance':>11}  relative  changed")
+    for line in differences:
+        first, second = line.norms
+        print(
+            f"{line.name:<{width}}  {first:>11.4g}  {second:>11.4g}  {line.distance:>11.4g}  "
+            f"{line.relative:>8.3f}  {100 * line.changed:>6.1f}%"
+        )
 
 
 def run(args: argparse.Namespace) -> int:
     """Score a file."""
+    _check_prepare(args)
     text = _read(args.file)
+    context = _read(args.prepare) if args.prepare is not None else b""
     _check_outputs(args, {"--state-out": args.state_out, "--report": args.report, "--log": args.log})
     session = _open_session(args)
     _require_bytes(session, "run")
     session.log = EditLog()
     unedited = _unedited(session) if args.report else None
+    prepared = _prepare(session, context, args.passes or 1)
+    began, told = session.position, len(session.log)
     score = scoring.score(session, text, _bar(text, "scoring"))
     if args.state_out:
         session.save(args.state_out)
@@ -94,16 +112,47 @@ def run(args: argparse.Namespace) -> int:
         "position": session.position,
         "bundle": session.model.manifest.identity,
     }
+    fields |= {"prepared": prepared} if prepared else {}
     if args.log:
         session.log.save(args.log)
     if unedited is not None:
+        if context:
+            scoring.score(unedited, context, _bar(context, "preparing without editing"))
         off = scoring.score(unedited, text, _bar(text, "scoring without editing"))
         facts = facts_of(fields, off.bits_per_token, score.bits_per_token)
-        name = "standard input" if args.file == "-" else Path(args.file).name
-        page = Page(name, text, score.bits, off.bits, session.log.lessons, facts)
+        lessons = session.log.lessons[told:]  # those of the context belong to another text
+        page = Page(_name(args.file), text, score.bits, off.bits, lessons, facts, began)
         write_atomically(args.report, page.render().encode("utf-8", "replace"))
     _print_fields(fields, args.json)
     return 0
+
+
+def _name(file: str) -> str:
+    return "standard input" if file == "-" else Path(file).name
+
+
+def _check_prepare(args: argparse.Namespace) -> None:
+    if args.prepare is None and args.passes is not None:
+        raise UsageError(f"--passes {args.passes}: passes over what? give --prepare FILE, too")
+    if args.passes is not None and args.passes < 1:
+        raise UsageError(f"--passes {args.passes}: must be 1 or more")
+    if args.prepare == "-" == getattr(args, "file", None):
+        raise UsageError("--prepare -: standard input is the file to score, too; name another")
+
+
+def _prepare(session: Session, context: bytes, passes: int) -> dict[str, Any]:
+    """Learn from a context, if there is one, and say what came of it."""
+    if not context:
+        return {}
+    if session.editor is None:
+        raise UsageError("--prepare: nothing would learn from it; give an editor, as in --editor readout")
+    with progress_counter(passes * len(context), "preparing", "B", scaled=True) as watch:
+        reports = session.prepare(context, passes, watch=watch)
+    return {
+        "bytes": len(context),
+        "passes": passes,
+        "loss": [_json_number(round(report.loss, 4)) for report in reports],
+    }
 
 
 def _bar(text: bytes, label: str) -> Iterable[int]:
@@ -123,14 +172,19 @@ def _unedited(session: Session) -> Session:
 
 def generate(args: argparse.Namespace) -> int:
     """Continue a text, printing it as it comes."""
+    _check_prepare(args)
+    context = _read(args.prepare) if args.prepare is not None else b""
     _check_outputs(args, {"--state-out": args.state_out})
     session = _open_session(args)
     _require_bytes(session, "generate")
+    _prepare(session, context, args.passes or 1)
     prompt = args.prompt.encode("utf-8", "surrogateescape")  # the bytes as they were typed
     if prompt:
         session.append(prompt)
     elif session.position == 0:
-        raise UsageError("generate: give --prompt TEXT, or --state-in MEMORY to continue from")
+        raise UsageError(
+            "generate: give --prompt TEXT, or --state-in MEMORY or --prepare FILE to continue from"
+        )
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     tokens = session.generate(
         args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed, args.learn
@@ -177,6 +231,8 @@ def _open_session(args: argparse.Namespace) -> Session:
 def _check_outputs(args: argparse.Namespace, outputs: dict[str, Path | None]) -> None:
     """Before minutes of work: that every file can be written, and that none takes another's place."""
     taken = {Path(args.file).resolve(): "the file to score"} if getattr(args, "file", "-") != "-" else {}
+    if args.prepare not in (None, "-"):
+        taken.setdefault(Path(args.prepare).resolve(), "--prepare")
     for option, path in outputs.items():
         if path is None:
             continue

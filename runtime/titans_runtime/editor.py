@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from titans_runtime.errors import UsageError
 
@@ -31,6 +32,13 @@ _DECAYS = {
 }
 """Settings that an optimizer has besides its step."""
 
+_STEPS = {"prediction": 0.1, "association": 1e-4}
+_STEPS_OF_OPTIMIZERS = {"titans": 1.0, "adam": 0.01, "muon": 0.01}
+"""Of those whose steps are of a length of their own, whatever the objective."""
+
+_LARGEST_MOMENTUM = {"adam": 0.9999, "muon": 0.9999}
+"""Of optimizers that take running means: close to 1, a mean in float32 no longer takes anything in."""
+
 
 @dataclass(frozen=True)
 class Editor:
@@ -41,13 +49,17 @@ class Editor:
             memories of all layers by the same loss through the whole network; ``association`` each
             layer's memory by ``½ ‖f_M(k) - v‖²``.
         step: step size ``θ`` on the summed loss of a chunk; for ``titans``, a factor on the model's own.
+            By default, or for None: with ``sgd`` and ``adagrad`` 0.1 for ``prediction``, 1e-4 for
+            ``association``, 1 for ``readout`` and the objectives of other bundles; with ``titans`` 1, with
+            ``adam`` and ``muon`` 0.01.
         chunk: gradient period, in tokens: all gradients of a chunk are taken at the memory as it
             stood when the chunk began.
         optimizer: ``sgd`` is plain gradient descent. ``adagrad`` divides the step by
             ``√(1 + Σ g²)``; on the readout memory with one sum a row, so that rows that were written
             often move less (Duchi et al. 2011). ``titans`` is the memory's own rule with the model's own
             gates; ``adam`` and ``muon`` are what they are elsewhere.
-        momentum: in place of the optimizer's own, or of the model's gate.
+        momentum: in place of the optimizer's own, or of the model's gate; 0 to 1, of ``adam`` and ``muon`` to
+            0.9999.
         retention: what a step keeps of the memory, likewise. Of the readout memory, what is kept of the rows
             that a chunk's contexts pick, once a chunk: what was learnt of them last counts most.
         floor: least retention of a ``titans`` step.
@@ -57,16 +69,18 @@ class Editor:
         clip: largest norm of a step's gradient; longer ones are shortened. 0 for no limit.
         budget: milliseconds of editing in one call, after which chunks are no longer learnt from;
             0 for no limit. What is learnt then depends on the machine.
-        rollback: whether a step is taken back that is not finite or leaves its own chunk's loss higher.
-            Costs one more evaluation a step.
+        rollback: whether a step is taken back that is not finite or leaves its own chunk's loss higher than
+            the step before it has; the steps before it are kept. Costs one more evaluation a chunk.
         replace: whether the step takes the place of what the model itself writes during the chunk;
             otherwise it moves the memory as it came in, and the chunk is run again over that.
         also: a second editor that works beside this one: one of the two edits ``readout``, the other the
-            layers' memories.
+            layers' memories. As text, it is read as :meth:`parse` reads it.
+
+    Numbers may be NumPy's scalars; they are kept as Python's.
     """
 
     objective: str = "readout"
-    step: float = 1.0
+    step: float = cast("float", None)  # one is always set when an editor is made
     chunk: int = 4
     optimizer: str = "sgd"
     momentum: float | None = None
@@ -87,10 +101,15 @@ class Editor:
         Raises:
             UsageError: a malformed objective, or a value outside its range.
         """
+        for item in fields(self):
+            object.__setattr__(self, item.name, _plain(getattr(self, item.name)))
         if not re.fullmatch(r"[a-z][a-z0-9_]*", str(self.objective)):
             raise UsageError(f"editor objective {self.objective!r}; known: {', '.join(OBJECTIVES)}")
         if self.optimizer not in OPTIMIZERS:
             raise UsageError(f"editor optimizer {self.optimizer!r}; known: {', '.join(OPTIMIZERS)}")
+        given: object = self.step
+        if given is None:
+            object.__setattr__(self, "step", _default_step(self.objective, self.optimizer))
         self._check_numbers()
         names: object = self.memories
         if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
@@ -98,9 +117,7 @@ class Editor:
         for name in ("rollback", "replace"):
             if type(getattr(self, name)) is not bool:
                 raise UsageError(f"editor {name} is {getattr(self, name)!r}; it must be true or false")
-        for name in ("momentum", "retention", "floor"):
-            if getattr(self, name) not in (None, 0.0) and name not in _DECAYS[self.optimizer]:
-                raise UsageError(f"editor {name}: the optimizer {self.optimizer} has none")
+        self._check_decays()
         if self.is_readout:
             self._check_readout()
         self._check_second()
@@ -126,6 +143,16 @@ class Editor:
             if not (type(value) is int and 1 <= value <= most):
                 raise UsageError(f"editor {name} is {value}; it must be an integer from 1 to {most}")
 
+    def _check_decays(self) -> None:
+        for name in ("momentum", "retention", "floor"):
+            unset = 0.0 if name == "floor" else None
+            if getattr(self, name) != unset and name not in _DECAYS[self.optimizer]:
+                raise UsageError(f"editor {name}: the optimizer {self.optimizer} has none")
+        most = _LARGEST_MOMENTUM.get(self.optimizer, 1)
+        if self.momentum is not None and self.momentum > most:
+            of = f"editor momentum is {self.momentum}; of {self.optimizer}"
+            raise UsageError(f"{of} it must be a number from 0 to {most}")
+
     def _check_readout(self) -> None:
         if self.optimizer not in READOUT_OPTIMIZERS:
             raise UsageError(
@@ -136,6 +163,13 @@ class Editor:
                 raise UsageError(f"editor {name}: the objective readout has none")
 
     def _check_second(self) -> None:
+        given: object = self.also
+        if isinstance(given, str):
+            object.__setattr__(self, "also", Editor.parse(given))
+        elif not (given is None or isinstance(given, Editor)):
+            raise UsageError(
+                f"editor also is {given!r}; give an Editor, or its text as in 'prediction:step=0.1'"
+            )
         second = self.also
         if second is None:
             return
@@ -187,6 +221,8 @@ class Editor:
             if name not in known:
                 raise UsageError(f"editor field {name!r} is unknown; known: {', '.join(known)}")
         content = dict(content)
+        if content.get("step", 0) is None:
+            raise UsageError(f"editor step is null; leave it out, or give a number from 0 to {MAX_STEP:g}")
         if isinstance(content.get("memories"), list):
             content["memories"] = tuple(content["memories"])
         if content.get("also") is not None:
@@ -209,6 +245,17 @@ class Editor:
         if len(rest) > 1:
             raise UsageError(f"--editor {text}: two editors at most")
         return dataclasses.replace(first, also=rest[0]) if rest else first
+
+
+def _default_step(objective: str, optimizer: str) -> float:
+    return _STEPS_OF_OPTIMIZERS.get(optimizer, _STEPS.get(objective, 1.0))
+
+
+def _plain(value: object) -> object:
+    """A NumPy scalar as Python's number of its kind; all else as it is."""
+    if type(value).__module__ != "numpy" or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 _ALWAYS = ("objective", "step", "chunk", "optimizer")

@@ -10,7 +10,7 @@ from titans_runtime.report import Lesson
 
 
 def plot_log(lessons: Sequence[Lesson], path: Path) -> None:
-    """Loss before and after, gradient norms, and milliseconds a lesson, along the stream.
+    """Loss before the steps and after the last one measured, gradient norms, and milliseconds a lesson.
 
     Raises:
         EnvironmentProblem: matplotlib is missing.
@@ -23,7 +23,8 @@ def plot_log(lessons: Sequence[Lesson], path: Path) -> None:
         places = [lesson.position for lesson in own]
         loss.plot(places, [lesson.loss for lesson in own], lw=0.8, label=f"{objective}, before")
         if any(lesson.loss_after == lesson.loss_after for lesson in own):  # NaN where it was not measured
-            loss.plot(places, [lesson.loss_after for lesson in own], lw=0.8, label=f"{objective}, after")
+            after = f"{objective}, after the last step measured"
+            loss.plot(places, [lesson.loss_after for lesson in own], lw=0.8, label=after)
         for memory in dict.fromkeys(name for lesson in own for name in lesson.norms):
             norms.plot(places, [lesson.norms.get(memory) for lesson in own], lw=0.8, label=memory)
         time.plot(places, [1000 * lesson.seconds for lesson in own], lw=0.8, label=objective)

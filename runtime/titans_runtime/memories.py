@@ -212,7 +212,7 @@ class MemoriesEditor:
         if not lesson.steps:
             lesson.learnt = 0
         lesson.seconds = time.perf_counter() - began
-        report.lessons.append(lesson)
+        report.add(lesson)
 
     @property
     def _predicts(self) -> bool:
@@ -253,24 +253,27 @@ class MemoriesEditor:
                     f"after a step of {editor.objective} a memory is {bad}; "
                     "the session is as it was before the call"
                 )
-            measured = not bad and (editor.rollback or number + 1 < editor.steps)
-            if measured:
+            loss = math.nan
+            if not bad and (editor.rollback or number + 1 < editor.steps):
                 found = self._evaluate(after, sequence, targets)
-                lesson.loss_after = float(found["loss"][0]) / lesson.learnt
-            lesson.refused = self._refusal_after(lesson, bad)
+                loss = float(found["loss"][0]) / lesson.learnt
+            lesson.refused = self._refusal_after(lesson, loss, bad)
             if lesson.refused:
                 break
             values, self._progress, lesson.norms = after, progress, norms
             lesson.steps += 1
+            if editor.rollback or number + 1 < editor.steps:
+                lesson.loss_after = loss
         if lesson.steps:
             self._write(values, sequence)
 
-    def _refusal_after(self, lesson: Lesson, bad: str) -> str:
+    def _refusal_after(self, lesson: Lesson, loss: float, bad: str) -> str:
+        """Why a step that has led to ``loss`` is taken back; the steps before it are kept."""
         if bad or not self.editor.rollback:
             return bad
-        if not math.isfinite(lesson.loss_after):
+        if not math.isfinite(loss):
             return NOT_FINITE
-        return "loss rose" if lesson.loss_after > lesson.loss else ""
+        return "loss rose" if loss > (lesson.loss_after if lesson.steps else lesson.loss) else ""
 
     def _step(self, values: Arrays, found: Arrays) -> tuple[Arrays, _Progress, dict[str, float]]:
         """Memories after one step on the gradients in ``found``, the optimizer's progress, and norms."""

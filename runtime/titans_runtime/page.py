@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import html
 import json
+import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from string import Template
@@ -27,6 +29,9 @@ _GAIN_OF_LEVEL = 0.75
 _POINTS = 600
 _WIDTH, _HEIGHT = 960, 150
 
+Curve = tuple[npt.NDArray[Any], npt.NDArray[Any]]
+"""Places in the text, and the values there."""
+
 
 @dataclass(frozen=True)
 class Page:
@@ -39,6 +44,7 @@ class Page:
         off: the same without editing.
         lessons: what was learnt.
         facts: rows of the table of figures.
+        began: position of the text in its stream, as the lessons tell positions.
     """
 
     name: str
@@ -47,6 +53,7 @@ class Page:
     off: npt.NDArray[np.float32]
     lessons: Sequence[Lesson]
     facts: dict[str, str]
+    began: int = 0
 
     def render(self) -> str:
         """The page as HTML."""
@@ -59,6 +66,7 @@ class Page:
             "curves": "".join(self._curves()),
             "text": "".join(self._text()),
             "cut": self._cut(),
+            "losses": "".join(self._losses()),
             "refusals": self._refusals(),
         }
         return Template(_PAGE).substitute(parts)
@@ -101,6 +109,23 @@ class Page:
             else ""
         )
 
+    def _losses(self) -> Iterator[str]:
+        """Loss before and after, of the lessons in which both were measured."""
+        for objective in dict.fromkeys(lesson.objective for lesson in self.lessons):
+            own = [one for one in self.lessons if one.objective == objective and np.isfinite(one.loss_after)]
+            tokens = sum(lesson.learnt for lesson in own)
+            if not tokens:
+                continue
+            before, after = (
+                sum(getattr(lesson, name) * lesson.learnt for lesson in own) / tokens
+                for name in ("loss", "loss_after")
+            )
+            yield (
+                f"<p class=note>{html.escape(objective)}: loss of a token {before:.3f} before the steps, "
+                f"{after:.3f} after the last step that was kept and measured ({len(own):,} lessons; "
+                "without rollback the last of a lesson's steps is not measured).</p>"
+            )
+
     def _refusals(self) -> str:
         counts: dict[str, int] = {}
         for lesson in self.lessons:
@@ -115,22 +140,47 @@ class Page:
         size = max(len(self.on) // _POINTS, 1)
         places = np.arange(0, len(self.on), size)
         window = max(len(self.on) // 60, 16)
-        series = {"unedited": _smooth(self.off, window)[places], "edited": _smooth(self.on, window)[places]}
-        yield _chart("bits per byte along the text", places, series, len(self.on), ("#b3554d", "#2f6f4f"))
+        unedited, edited = (_smooth(bits, window)[places] for bits in (self.off, self.on))
+        costs = {"unedited": (places, unedited), "edited": (places, edited)}
+        yield _chart("bits per byte along the text", costs, len(self.on), ("#b3554d", "#2f6f4f"))
         gained = np.cumsum(self.off - self.on, dtype=np.float64)[places] / 8
-        yield _chart("bytes saved so far", places, {"saved": gained}, len(self.on), ("#2f6f4f",))
-        taken = [lesson for lesson in self.lessons if lesson.norms]
-        if taken:
-            thin = taken[:: max(len(taken) // _POINTS, 1)]
-            at = np.array([lesson.position for lesson in thin])
-            names = list(dict.fromkeys(name for lesson in taken for name in lesson.norms))[:6]
-            norms = {}
-            for name in names:
-                own = np.array([lesson.norms.get(name, np.nan) for lesson in thin])
-                known = np.isfinite(own)
-                norms[name] = np.interp(at, at[known], own[known]) if known.any() else own
-            colours = ("#4a5a8a", "#8a6d3b", "#2f6f4f", "#b3554d", "#6b4a8a", "#3b7f8a")
-            yield _chart("gradient norm of every lesson", at, norms, len(self.on), colours)
+        yield _chart("bytes saved so far", {"saved": (places, gained)}, len(self.on), ("#2f6f4f",))
+        norms = self._norms()
+        if norms:
+            title = "gradient norm of every lesson, by layer (over all memories of one)"
+            thinned = max(-(-len(points) // _POINTS) for points in norms.values())
+            title += f"; one lesson in {thinned} is drawn" if thinned > 1 else ""
+            drawn = {name: _curve(points) for name, points in norms.items()}
+            yield _chart(title, drawn, len(self.on), _colours(len(norms)))
+
+    def _norms(self) -> dict[str, list[tuple[int, float]]]:
+        """Places and norms of the lessons' gradients: over the memories of a layer, of others one by one."""
+        found: dict[str, list[tuple[int, float]]] = {}
+        for lesson in self.lessons:
+            layers: dict[str, float] = {}
+            for memory, norm in lesson.norms.items():
+                layer = _layer(memory)
+                layers[layer] = math.hypot(layers.get(layer, 0.0), norm)
+            for layer, norm in layers.items():
+                if math.isfinite(norm):
+                    found.setdefault(layer, []).append((max(lesson.position - self.began, 0), norm))
+        return found
+
+
+def _layer(memory: str) -> str:
+    """``layers.3`` of ``layers.3.memory.0``; what is no layer's keeps its name."""
+    layer = re.match(r"layers\.\d+(?=\.)", memory)
+    return layer[0] if layer else memory
+
+
+def _curve(points: list[tuple[int, float]]) -> Curve:
+    places, norms = np.array(points[:: -(-len(points) // _POINTS)]).T
+    return places, norms
+
+
+def _colours(count: int) -> list[str]:
+    """As many colours as there are curves, around the wheel."""
+    return [f"hsl({360 * number // count + 220} 45% 42%)" for number in range(count)]
 
 
 def _smooth(bits: npt.NDArray[np.float32], window: int) -> npt.NDArray[np.float64]:
@@ -142,20 +192,14 @@ def _smooth(bits: npt.NDArray[np.float32], window: int) -> npt.NDArray[np.float6
     return mean
 
 
-def _chart(
-    title: str,
-    places: npt.NDArray[Any],
-    series: dict[str, npt.NDArray[Any]],
-    length: int,
-    colours: Sequence[str],
-) -> str:
+def _chart(title: str, series: dict[str, Curve], length: int, colours: Sequence[str]) -> str:
     """Lines over the text as an SVG, with a scale at the left."""
-    values = np.concatenate(list(series.values()))
+    values = np.concatenate([own for _, own in series.values()])
     low, high = min(float(np.nanmin(values)), 0.0), max(float(np.nanmax(values)), 1e-9)
     low = 0.0 if low > -0.01 * high else low
-    x = places / max(length - 1, 1) * _WIDTH
     lines, keys = [], []
-    for (name, own), colour in zip(series.items(), colours, strict=False):
+    for (name, (places, own)), colour in zip(series.items(), colours, strict=True):
+        x = places / max(length - 1, 1) * _WIDTH
         y = _HEIGHT - (own - low) / (high - low) * _HEIGHT
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
         lines.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
@@ -223,6 +267,7 @@ table{border-collapse:collapse;font-size:14px}td,th{text-align:left;padding:3px 
 <dl>$facts</dl>
 $curves
 <h2>Lessons</h2>
+$losses
 $refusals
 <h2>The text</h2>
 <div class="switch">
@@ -243,7 +288,7 @@ for (const name of ["on", "off", "gain"])
 )
 
 
-def _specification(editor: dict[str, Any] | None) -> str:
+def specification(editor: dict[str, Any] | None) -> str:
     """An editor as the command line takes it."""
     if editor is None:
         return "none"
@@ -254,16 +299,18 @@ def _specification(editor: dict[str, Any] | None) -> str:
     ]
     settings += [f"memories={'|'.join(editor['memories'])}"] if editor.get("memories") else []
     text = f"{editor['objective']}:{','.join(settings)}"
-    return f"{text}+{_specification(editor['also'])}" if editor.get("also") else text
+    return f"{text}+{specification(editor['also'])}" if editor.get("also") else text
 
 
 def facts_of(fields: dict[str, Any], off: float, on: float) -> dict[str, str]:
     """The table of figures from what ``titans run`` says."""
-    return {
+    prepared = fields.get("prepared")
+    context = {"prepared by": f"{prepared['passes']} × {prepared['bytes']:,} bytes"} if prepared else {}
+    return context | {
         "bits per byte, unedited": f"{off:.3f}",
         "edited": f"{on:.3f}",
         "fewer bits": f"{100 * (1 - on / off):.1f} %",
         "bytes": f"{fields['bytes']:,}",
         "edited bytes a second": f"{fields['tokens_per_second']:,.0f}",
-        "editor": _specification(fields["editor"]),
+        "editor": specification(fields["editor"]),
     }

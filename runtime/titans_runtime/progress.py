@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import TypeVar
 
 from titans_runtime.errors import EnvironmentProblem
@@ -23,16 +24,35 @@ def progress_bar(
         unit: of one count.
         scale: counts for each item, where an item stands for many (a segment of tokens).
     """
-    if not sys.stderr.isatty():
-        yield from items
-        return
-    try:
-        tqdm = optional_import("tqdm", "progress")
-    except EnvironmentProblem:  # a bar is a comfort, not a need
-        yield from items
-        return
     total = len(items) * (scale or 1) if isinstance(items, Sized) else None
-    with tqdm.tqdm(total=total, desc=description, unit=unit, unit_scale=bool(scale), leave=False) as bar:
+    with progress_counter(total, description, unit, scaled=bool(scale)) as advance:
         for item in items:
             yield item
-            bar.update(scale or 1)
+            advance(scale or 1)
+
+
+@contextlib.contextmanager
+def progress_counter(
+    total: int | None, description: str, unit: str = "it", scaled: bool = False
+) -> Iterator[Callable[[int], object]]:
+    """A bar for what is no loop of the caller's: yields a function that moves it on by a count.
+
+    Args:
+        total: counts until the end, if that is known.
+        description: label.
+        unit: of one count.
+        scaled: whether large counts are shown in thousands and millions.
+    """
+    try:
+        tqdm = optional_import("tqdm", "progress") if sys.stderr.isatty() else None
+    except EnvironmentProblem:  # a bar is a comfort, not a need
+        tqdm = None
+    if tqdm is None:
+        yield _nothing
+        return
+    with tqdm.tqdm(total=total, desc=description, unit=unit, unit_scale=scaled, leave=False) as bar:
+        yield bar.update
+
+
+def _nothing(count: int) -> None:
+    """What moves no bar."""

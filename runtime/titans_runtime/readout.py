@@ -251,15 +251,15 @@ class ReadoutEditor:
         if known.any():
             self._clear(count)
             self._call.run()
-            self._take_steps(known, lesson, report)
+            self._take_steps(known, lesson, report, began)
         else:
             lesson.refused = "no text to learn from"
         if not streaming and lesson.steps:
             self._settle()
         lesson.seconds = time.perf_counter() - began
-        report.lessons.append(lesson)
+        report.add(lesson)
 
-    def _take_steps(self, known: Array, lesson: Lesson, report: EditReport) -> None:
+    def _take_steps(self, known: Array, lesson: Lesson, report: EditReport, began: float) -> None:
         """Change the memory step by step, as far as the policy lets it. The call has been run."""
         editor = self.editor
         surprise = self._loss[0, : len(known)][known]
@@ -274,23 +274,33 @@ class ReadoutEditor:
         measures = editor.rollback or editor.steps > 1
         scored = self._logits.copy() if measures else self._logits
         for number in range(editor.steps):
-            before = (self._change[0, rows], self._energy[rows]) if editor.rollback else None
-            lesson.refused = self._step(rows, picks, known, lesson, forgets=number == 0)
+            if number and 0 < editor.budget <= 1000 * (report.seconds + time.perf_counter() - began):
+                lesson.refused = "time budget spent"
+            else:
+                lesson.refused = self._attempt(rows, picks, known, lesson, last=number + 1 == editor.steps)
             if lesson.refused:
                 break
-            if editor.rollback or number + 1 < editor.steps:
-                self._call.run()
-                lesson.loss_after = float(self._loss[0, : len(known)][known].mean())
-            if before is not None and not lesson.loss_after <= lesson.loss:
-                self._change[0, rows], self._energy[rows] = before
-                lesson.refused = "loss rose" if math.isfinite(lesson.loss_after) else "not finite"
-                break
-            lesson.steps += 1
         if measures:
             self._logits[:] = scored
         if lesson.steps:
             lesson.learnt = len(surprise)
             report.surprise.extend(surprise.tolist())
+
+    def _attempt(self, rows: Array, picks: Array, known: Array, lesson: Lesson, last: bool) -> str:
+        """One step, measured where another follows or it may be taken back; or why none was kept."""
+        before = (self._change[0, rows], self._energy[rows], lesson.norms) if self.editor.rollback else None
+        if reason := self._step(rows, picks, known, lesson, forgets=lesson.steps == 0):
+            return reason
+        if before is not None or not last:
+            self._call.run()
+            reached = lesson.loss_after if lesson.steps else lesson.loss
+            after = float(self._loss[0, : len(known)][known].mean())
+            if before is not None and not after <= reached:
+                self._change[0, rows], self._energy[rows], lesson.norms = before
+                return "loss rose" if math.isfinite(after) else "not finite"
+            lesson.loss_after = after
+        lesson.steps += 1
+        return ""
 
     def _step(self, rows: Array, picks: Array, known: Array, lesson: Lesson, forgets: bool) -> str:
         """One step on the gradient that the call has left; or why there is none.

@@ -25,7 +25,9 @@ class Lesson:
         tokens: of the period.
         learnt: those that were learnt from.
         loss: mean loss in nats over these, before the step; for an associative loss, a token's mean error.
-        loss_after: the same after the last step, where an editor measures it.
+        loss_after: the same after the last step that was kept and measured. With ``rollback`` every step is
+            measured; without it all but the last of ``Editor.steps``, which nothing needs: then this is the
+            loss before that step. NaN where none was measured.
         norms: norm of the gradient by memory, before clipping, at the last step that was taken.
         parts: each layer's part of the loss, where it has parts.
         steps: steps that were kept.
@@ -54,12 +56,21 @@ class EditReport:
         tokens: tokens that the call was given.
         surprise: loss in nats of each token that the readout memory was taught, before it saw it, in
             stream order.
-        lessons: every period that ended within the call.
+        lessons: every period that ended within the call; :meth:`add` adds one.
     """
 
     tokens: int = 0
     surprise: list[float] = field(default_factory=list)
     lessons: list[Lesson] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Begin the running total: a budget asks for it at every lesson."""
+        self._seconds = sum(lesson.seconds for lesson in self.lessons)
+
+    def add(self, lesson: Lesson) -> None:
+        """Add a period that has ended."""
+        self.lessons.append(lesson)
+        self._seconds += lesson.seconds
 
     @property
     def loss(self) -> float:
@@ -86,7 +97,7 @@ class EditReport:
     @property
     def seconds(self) -> float:
         """Time spent on editing."""
-        return sum(lesson.seconds for lesson in self.lessons)
+        return self._seconds
 
     @property
     def refusals(self) -> dict[str, int]:

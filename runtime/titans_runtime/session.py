@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,12 +82,15 @@ class Session:
         with self._exclusive(), self._transaction(len(ids)):
             return self._advance(ids, teach=True)
 
-    def observe(self, tokens: Tokens, editor: Editor | None = None) -> EditReport:
+    def observe(
+        self, tokens: Tokens, editor: Editor | None = None, watch: Callable[[int], object] | None = None
+    ) -> EditReport:
         """See tokens and learn from them.
 
         Args:
             tokens: as for :meth:`append`.
             editor: for this call, in place of the session's own.
+            watch: told, part by part, how many tokens have been seen, as a progress bar wants it.
 
         Returns:
             What was learnt.
@@ -107,10 +110,16 @@ class Session:
             self._transaction(len(ids), hands_over=chosen != self.editor),
             self._edited_by(chosen, ids[0], report),
         ):
-            self._advance(ids, teach=True, report=report)
+            self._advance(ids, teach=True, report=report, watch=watch)
         return report
 
-    def prepare(self, context: Tokens, passes: int = 1, editor: Editor | None = None) -> list[EditReport]:
+    def prepare(
+        self,
+        context: Tokens,
+        passes: int = 1,
+        editor: Editor | None = None,
+        watch: Callable[[int], object] | None = None,
+    ) -> list[EditReport]:
         """Learn from a context in several passes, before the first answer.
 
         Every pass begins where the first one did, but with the memories, and the optimizer's sums, that
@@ -121,6 +130,7 @@ class Session:
             context: as for :meth:`append`.
             passes: 1 or more.
             editor: for these passes, in place of the session's own.
+            watch: as for :meth:`observe`; in all, it is told of ``passes`` times the context's tokens.
 
         Returns:
             What each pass learnt.
@@ -138,7 +148,7 @@ class Session:
             for number in range(passes):
                 if number:
                     self.restore(with_memories_of(before, self.snapshot(), self.model.manifest))
-                reports.append(self.observe(context, editor))
+                reports.append(self.observe(context, editor, watch))
         except BaseException:
             self.restore(before)
             self._untell(told)
@@ -227,11 +237,17 @@ class Session:
 
     # --- one call, inside the lock and the transaction
 
-    def _advance(self, ids: Array, teach: bool, report: EditReport | None = None) -> Array:
+    def _advance(
+        self,
+        ids: Array,
+        teach: bool,
+        report: EditReport | None = None,
+        watch: Callable[[int], object] | None = None,
+    ) -> Array:
         report = EditReport(tokens=len(ids)) if report is None else report
         logits = np.empty((len(ids), self.model.manifest.width), np.float32)
         began = self.position
-        self._run_segments(ids, logits, teach, report)
+        self._run_segments(ids, logits, teach, report, watch)
         self._conclude(logits, began, report)
         return logits
 
@@ -259,11 +275,20 @@ class Session:
         """Tokens, of ``tokens``, that the model may run on at once."""
         return self._editing.most(self.position, min(tokens, SEGMENT))
 
-    def _run_segments(self, ids: Array, logits: Array, teach: bool, report: EditReport) -> None:
+    def _run_segments(
+        self,
+        ids: Array,
+        logits: Array,
+        teach: bool,
+        report: EditReport,
+        watch: Callable[[int], object] | None = None,
+    ) -> None:
         start = 0
         while start < len(ids):
             part = slice(start, start + self._most(len(ids) - start))
             self._run_segment(ids[part], logits[part], teach, report)
+            if watch is not None:
+                watch(min(part.stop, len(ids)) - start)
             start = part.stop
 
     def _run_segment(self, ids: Array, logits: Array, teach: bool, report: EditReport) -> None:

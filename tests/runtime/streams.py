@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from titans_runtime.forward import SEGMENT
 from titans_runtime.manifest import FileEntry, Manifest
 from titans_runtime.manifest.document import identity_of as _identity_of
 from titans_runtime.manifest.reading import graph_spec, state_spec
+from titans_runtime.report import Lesson
 
 Array = npt.NDArray[Any]
 
@@ -140,3 +142,36 @@ def continuation(session: Session) -> list[bytes]:
         bytes(session.generate(9, 0.8, seed=4, learn=True)),
         session.append(b".").tobytes(),
     ]
+
+
+def lesson_of(model: Model, editor: Editor, text: bytes) -> tuple[Lesson, dict[str, Array]]:
+    """The only lesson of a text of one period and a token, and the whole state after it."""
+    session = model.session(edit=0.0, editor=editor)
+    session.append(text)
+    assert session.last_edit is not None
+    (lesson,) = session.last_edit.lessons
+    return lesson, dict(session.snapshot().arrays)
+
+
+def check_rollback(model: Model, editor: Editor, text: bytes, sizes: Iterable[float]) -> None:
+    """With rollback, the step that raised the loss is taken back and those before it are kept.
+
+    The losses that it goes by are those without rollback, which are the same bit for bit. Among the sizes
+    must be one that leads up again, but not as far as where it began.
+    """
+    telling = 0
+    for size in sizes:
+        plain = replace(editor, step=size, rollback=False)
+        first, *rest = (
+            lesson_of(model, replace(plain, steps=steps + 2), text)[0] for steps in range(editor.steps)
+        )
+        losses = [first.loss, first.loss_after, *(lesson.loss_after for lesson in rest)]
+        kept = next((n for n in range(editor.steps) if not losses[n + 1] <= losses[n]), editor.steps)
+        lesson, states = lesson_of(model, replace(plain, rollback=True), text)
+        assert (lesson.steps, lesson.refused) == (kept, "loss rose" if kept < editor.steps else "")
+        np.testing.assert_equal(lesson.loss_after, losses[kept] if kept else np.nan)
+        other = replace(plain, steps=kept) if kept else replace(plain, threshold=1e3)
+        expected = lesson_of(model, other, text)[1]
+        assert all(np.array_equal(states[name], expected[name]) for name in expected)
+        telling += 0 < kept < editor.steps and losses[kept + 1] < losses[0]
+    assert telling

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -304,6 +305,20 @@ USAGE = {
     "top-k": ["generate", "{bundle}", "--prompt", "a", "--top-k", "-2"],
     "seed": ["generate", "{bundle}", "--prompt", "a", "--seed", "-1"],
     "tokens": ["generate", "{bundle}", "--prompt", "a", "--max-new-tokens", "-1"],
+    "passes over nothing": ["run", "{bundle}", "{text}", "--passes", "2"],
+    "no passes": ["run", "{bundle}", "{text}", "--prepare", "{text}", "--passes", "0"],
+    "two standard inputs": ["run", "{bundle}", "-", "--prepare", "-"],
+    "prepare without an editor": ["run", "{bundle}", "{text}", "--prepare", "{text}", "--no-edit"],
+    "generate, passes over nothing": ["generate", "{bundle}", "--prompt", "a", "--passes", "2"],
+    "prepare is overwritten": [
+        "run",
+        "{bundle}",
+        "{damaged}/titans.json",
+        "--prepare",
+        "{text}",
+        "--log",
+        "{text}",
+    ],
     "tolerance": ["verify", "{bundle}", "--atol", "logits:small"],
     "tolerance NaN": ["verify", "{bundle}", "--atol", "nan"],
     "tolerance below 0": ["verify", "{bundle}", "--rtol", "-1"],
@@ -315,6 +330,8 @@ DATA = {
     "file is a folder": ["run", "{bundle}", "{bundle}"],
     "empty file": ["run", "{bundle}", "{empty}"],
     "no memory": ["run", "{bundle}", "{text}", "--state-in", "{nowhere}"],
+    "nothing to prepare with": ["run", "{bundle}", "{text}", "--prepare", "{nowhere}"],
+    "empty context": ["generate", "{bundle}", "--prepare", "{empty}"],
     "damaged memory": ["run", "{bundle}", "{text}", "--state-in", "{text}"],
     "inspect nothing": ["inspect", "{nowhere}"],
     "inspect text": ["inspect", "{text}"],
@@ -430,10 +447,75 @@ def test_inspect_compares_two_memories(tiny_bundle: Path, text: Path, tmp_path: 
     before, after = tmp_path / "before", tmp_path / "after"
     titans("run", tiny_bundle, text, "--state-out", before)
     titans("run", tiny_bundle, text, "--state-in", before, "--state-out", after)
-    found = {one["name"]: one for one in titans("inspect", before, after, "--json").json}
+    content = titans("inspect", before, after, "--json").json
+    editor = tr.Editor(step=0.5).to_dict()
+    assert content["memories"] == [
+        {"file": str(path), "position": position, "edit": [0.5, 0.5], "editor": editor}
+        for path, position in ((before, len(TEXT)), (after, 2 * len(TEXT)))
+    ]
+    found = {one["name"]: one for one in content["differences"]}
     assert found["state.readout"]["relative"] > 0.01
     shown = titans("inspect", before, before)
     assert shown.code == 0
     lines = shown.out.splitlines()
-    assert lines[0].split()[0] == "tensor"
-    assert all(line.split()[-2:] == ["0.000", "0.0%"] for line in lines[1:])
+    for name, place in (("A", 0), ("B", 2)):
+        assert lines[place] == f"{name}  {before}: position {len(TEXT):,}, edit 0.5, 0.5"
+        assert lines[place + 1] == "   editor readout:step=0.5,chunk=4,optimizer=sgd"
+    assert lines[4].split()[0] == "tensor"
+    assert all(line.split()[-2:] == ["0.000", "0.0%"] for line in lines[5:])
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Path:
+    path = tmp_path / "context"
+    path.write_bytes(b"byte by byte, and learns as it goes: " * 3)
+    return path
+
+
+def test_run_prepares_by_several_passes_over_a_context(
+    titans: Titans, tiny_bundle: Path, text: Path, context: Path, tmp_path: Path, model: tr.Model
+) -> None:
+    memory, log = tmp_path / "memory", tmp_path / "log"
+    command = ["run", tiny_bundle, text, "--prepare", context, "--passes", 3, "--threads", 1]
+    outcome = titans(*command, "--state-out", memory, "--log", log, "--json")
+    assert (outcome.code, outcome.err) == (0, "")
+    session = model.session()
+    session.log = tr.EditLog()
+    reports = session.prepare(context.read_bytes(), 3)
+    score = tr.score(session, TEXT)
+    fields = outcome.json
+    assert fields["bits_per_byte"] == pytest.approx(score.bits_per_token, abs=1e-4)
+    assert fields["position"] == len(TEXT) + len(context.read_bytes())
+    assert fields["prepared"] == {
+        "bytes": len(context.read_bytes()),
+        "passes": 3,
+        "loss": pytest.approx([report.loss for report in reports], abs=1e-4),
+    }
+    assert_same_snapshot(model.load_session(memory).snapshot(), session.snapshot())
+    assert [one.position for one in tr.EditLog.load(log)] == [one.position for one in session.log]
+
+
+def test_generate_continues_a_context(
+    titans: Titans, tiny_bundle: Path, context: Path, model: tr.Model
+) -> None:
+    options = ["--max-new-tokens", 12, "--seed", 3, "--threads", 1]
+    outcome = titans("generate", tiny_bundle, "--prepare", context, "--passes", 2, *options)
+    session = model.session()
+    session.prepare(context.read_bytes(), 2)
+    assert outcome.out == bytes(session.generate(12, 0.8, seed=3)).decode("utf-8", "replace") + "\n"
+
+
+def test_the_page_of_a_prepared_run_compares_with_reading_alone(
+    titans: Titans, tiny_bundle: Path, text: Path, context: Path, tmp_path: Path, model: tr.Model
+) -> None:
+    page = tmp_path / "page.html"
+    titans("run", tiny_bundle, text, "--prepare", context, "--passes", 3, "--report", page)
+    plain = model.session(edit=0.0, editor=None)
+    plain.append(context.read_bytes())
+    content = page.read_text(encoding="utf-8")
+    assert f"<dd>{tr.score(plain, TEXT).bits_per_token:.3f}</dd>" in content
+    assert f"<dd>3 × {len(context.read_bytes())} bytes</dd>" in content
+    chart = content[content.index("gradient norm of every lesson") :]
+    points = [float(x) for x in re.findall(r"([0-9.]+),[0-9.]+", chart[: chart.index("</svg>")])]
+    assert min(points) < 20, "the first lesson stands at the beginning of the text"
+    assert max(points) <= 960

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import titans_runtime as tr
-from tests.runtime.streams import append_parts, assert_same_snapshot, cuts, relative_error
+from tests.runtime.streams import append_parts, assert_same_snapshot, check_rollback, cuts, relative_error
 from titans_runtime.backends import Array
 from titans_runtime.memories import MemoriesEditor
 
@@ -236,6 +236,12 @@ def test_a_step_that_does_harm_is_taken_back(model: tr.Model) -> None:
     assert session.last_edit is not None
     assert session.last_edit.refusals == {"loss rose": len(session.last_edit.lessons)}
     assert session.last_edit.updates == 0
+
+
+def test_the_step_that_raised_the_loss_is_taken_back_the_others_are_kept(model: tr.Model) -> None:
+    """The momentum swings beyond the lowest point."""
+    swinging = tr.Editor.parse("association:momentum=0.95,chunk=16,steps=5")
+    check_rollback(model, swinging, TEXT[:17], np.geomspace(0.005, 1.0, 12).tolist())
 
 
 @pytest.mark.parametrize("rollback", [True, False])

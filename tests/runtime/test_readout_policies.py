@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import titans_runtime as tr
-from tests.runtime.streams import Array, assert_same_snapshot, relative_error, streams
+from tests.runtime.streams import Array, assert_same_snapshot, check_rollback, relative_error, streams
 from tests.runtime.test_readout import _forward
 from titans_runtime.editor import READOUT_OPTIMIZERS, Editor
 
@@ -116,6 +117,21 @@ def test_a_spent_budget_ends_the_learning_of_a_call(model: tr.Model) -> None:
     assert {lesson.refused for lesson in others} == {"time budget spent"}
 
 
+def test_a_budget_ends_the_steps_of_a_period(model: tr.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock of 5 ms a look: of a thousand steps, those of 18 ms are taken and kept."""
+    ticks = itertools.count()
+    monkeypatch.setattr("titans_runtime.readout.time.perf_counter", lambda: 0.005 * next(ticks))
+    session = model.session(0.0, Editor(chunk=8, step=0.1, steps=1000, budget=18))
+    session.append(TEXT[:9])
+    assert session.last_edit is not None
+    (lesson,) = session.last_edit.lessons
+    assert (lesson.steps, lesson.refused) == (4, "time budget spent")
+    monkeypatch.undo()
+    twin = model.session(0.0, Editor(chunk=8, step=0.1, steps=4))
+    twin.append(TEXT[:9])
+    assert np.array_equal(_memory(session), _memory(twin))
+
+
 @given(text=streams, retention=st.sampled_from([None, 0.5]))
 def test_with_rollback_no_kept_step_leaves_its_chunk_worse(
     model: tr.Model, text: bytes, retention: float | None
@@ -125,6 +141,15 @@ def test_with_rollback_no_kept_step_leaves_its_chunk_worse(
     for lesson in [] if session.last_edit is None else session.last_edit.lessons:
         if lesson.steps == 2:
             assert lesson.loss_after <= lesson.loss
+
+
+@pytest.mark.parametrize("optimizer", READOUT_OPTIMIZERS)
+def test_the_step_that_raised_the_loss_is_taken_back_the_others_are_kept(
+    model: tr.Model, optimizer: str
+) -> None:
+    editor = Editor(chunk=16, steps=5, optimizer=optimizer)
+    text = b"aaaaaaab" * 2 + b"a"  # after equal contexts comes now and then another byte: large steps swing
+    check_rollback(model, editor, text, np.geomspace(0.05, 100.0, 12).tolist())
 
 
 def test_a_step_taken_back_leaves_no_trace(model: tr.Model) -> None:

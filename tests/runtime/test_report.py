@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,21 @@ def test_a_log_is_drawn(model: tr.Model, tmp_path: Path) -> None:
     assert drawn.count("<path") > 20
     with pytest.raises(tr.UsageError, match="edit log: is empty"):
         tr.EditLog().plot(tmp_path / "none.svg")
+
+
+def test_the_time_spent_is_a_running_total() -> None:
+    """It is asked for at every lesson: summing all of them again would take the square of their number."""
+
+    class Watched(list[Lesson]):
+        def __iter__(self) -> Iterator[Lesson]:
+            raise AssertionError("lessons are gone through again")
+
+    report = tr.EditReport(lessons=[Lesson("readout", 0, 4, seconds=0.25)])
+    report.lessons = Watched(report.lessons)
+    for number in range(3):
+        report.add(Lesson("readout", number, 4, seconds=0.5))
+        assert report.seconds == 0.25 + 0.5 * (number + 1)
+    assert len(report.lessons) == 4
 
 
 def _failing_at(call: int, monkeypatch: pytest.MonkeyPatch) -> None:

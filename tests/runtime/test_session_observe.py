@@ -21,6 +21,7 @@ from tests.runtime.streams import (
     streams,
 )
 from titans_runtime.editor import Editor
+from titans_runtime.forward import SEGMENT
 
 
 def test_observing_reports_what_was_learnt(model: tr.Model) -> None:
@@ -156,3 +157,12 @@ def test_the_position_between_two_lessons_goes_with_the_session(
         assert_same_snapshot(copy.snapshot(), session.snapshot())
     session.append(b"it stands elsewhere now")
     assert not [name for name in session.snapshot().arrays if name.startswith("pending.")]
+
+
+def test_a_preparation_tells_how_far_it_has_come(model: tr.Model) -> None:
+    for editor, largest in ((Editor(step=0.5), SEGMENT), (Editor("prediction", chunk=512), 512)):
+        seen: list[int] = []
+        model.session(0.0, editor).prepare(LONG, passes=2, watch=seen.append)
+        assert sum(seen) == 2 * len(LONG)
+        assert len(seen) >= 4
+        assert max(seen) == largest

@@ -21,6 +21,7 @@ EDITORS = {
     "readout:step=nan": "editor step is nan; it must be a number from 0 to 1e+06",
     "readout:chunk=4096": "editor chunk is 4096; it must be an integer from 1 to 1024",
     "readout:optimizer=adam": "editor optimizer 'adam': the objective readout has sgd and adagrad",
+    "prediction:optimizer=adam,momentum=1": "editor momentum is 1.0; of adam it must be a number from 0 to ",
     "prediction:optimizer=lion": "editor optimizer 'lion'; known: sgd, adagrad, titans, adam, muon",
     "prediction:memories=layers.9.*": "editor memories: 'layers.9.*' fits none of layers.0.memory, ",
     "guess": "the bundle cannot be edited by 'guess'; known: readout, prediction, association",
