@@ -72,7 +72,7 @@ INDUCTION = replace(
     FRESH,
     name="induction",
     tests=tuple(_test(2**power, _EXAMPLES.get(2**power, 128)) for power in range(6, 17)),
-    steps=2000,
+    steps=1000,
     carry=0.9,
     curriculum=(0.2, 0.5),
     ways=(),
