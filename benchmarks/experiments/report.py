@@ -32,6 +32,8 @@ _COLOURS = {
     "titans-scaled": "#d6298f",
     "titans-mac": "#b2182b",
 }
+_LABELS = 8
+"""That stand side by side under a panel."""
 _MEASURES = {"token": "answers right", "exact": "examples with all answers right"}
 _STYLES = {
     "as trained": ("-", "o"),
@@ -167,7 +169,8 @@ def plot(title: str, tasks: Sequence[Task], rows: Rows) -> bytes:
             _draw_line(axes, tests, rows, contestant, way, tasks[0].measure)
         if min(test.size for test in tests) > 0:
             axes.set_xscale("log", base=2)
-        axes.set_xticks([test.size for test in tests], [test.label for test in tests])
+        turned = 45 if len(tests) > _LABELS else 0
+        axes.set_xticks([test.size for test in tests], [test.label for test in tests], rotation=turned)
         axes.minorticks_off()
         if tasks[0].measure == "token":
             axes.axhline(100 * tasks[0].chance, color="black", lw=0.7, ls=":")
