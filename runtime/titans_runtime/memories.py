@@ -175,9 +175,8 @@ class MemoriesEditor:
         self._sequence[: self.count] = sequence
         self._targets[: self.count] = arrays[f"{PREFIX}targets"]
         self._taught[: self.count] = arrays[f"{PREFIX}taught"]
-        self._anchor = {name: arrays[f"{PREFIX}anchor.{name}"].copy() for name in self._buffers.present}
-        for name in self._beside:  # older files have it only as it stood when they were saved
-            self._anchor[name] = arrays.get(f"{PREFIX}anchor.{name}", arrays[f"state.{name}"]).copy()
+        changed = (*self._buffers.present, *self._beside)
+        self._anchor = {name: arrays[f"{PREFIX}anchor.{name}"].copy() for name in changed}
 
     def mark(self) -> MemoriesMark:
         """What :meth:`rewind` returns to."""

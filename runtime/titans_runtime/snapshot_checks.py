@@ -17,8 +17,6 @@ from titans_runtime.snapshot import ENERGY, PREFIX, Snapshot
 Expected = dict[str, tuple[tuple[int, ...], type[np.generic]]]
 """Shapes and dtypes by name."""
 
-_ANCHOR = f"{PREFIX}anchor.readout"
-"""Where an editor of the readout memory is beside; older files have none."""
 _PENDING = ("targets", "readout_key", "readout_rows", "logits")
 
 
@@ -55,8 +53,10 @@ def check_fits(snapshot: Snapshot, manifest: Manifest) -> None:
     readout, layers = _editors(snapshot)
     _check_state(snapshot.arrays, manifest)
     expected = _of_layers(snapshot, manifest, layers) | _of_readout(snapshot, manifest, readout)
-    if readout is not None and _ANCHOR in snapshot.arrays and f"{PREFIX}sequence" in expected:
-        expected[_ANCHOR] = ((1, *_readout_shape(manifest)), np.float32)
+    if readout is not None and f"{PREFIX}sequence" in expected and layers is not None:
+        graph = manifest.graphs[layers.graph]
+        if any(tensor.name == "past.readout" for tensor in graph.inputs):
+            expected[f"{PREFIX}anchor.readout"] = ((1, *_readout_shape(manifest)), np.float32)
     if "last_logits" in snapshot.arrays:
         expected["last_logits"] = ((manifest.width,), np.float32)
     state = {f"state.{entry.name}" for entry in manifest.state}

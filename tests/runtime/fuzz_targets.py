@@ -224,12 +224,13 @@ def _memories() -> list[bytes]:
         "memories.anchor.memory": np.ones((1, 2, 2), np.float32),
         "memories.anchor.position": np.zeros(1, np.int64),
     }
+    beside = {"memories.anchor.readout": np.ones((1, 3, 4), np.float32)}
     moments = {f"memories.{kind}.memory": np.ones((1, 2, 2), np.float32) for kind in ("mean", "square")}
     adam = Editor("prediction", optimizer="adam", chunk=4)
     for editor, more in (
         (None, {}),
         (adam, layers | moments | {"last_logits": np.ones(4, np.float32)}),
-        (Editor(chunk=4, also=Editor("prediction", chunk=4)), layers | pending),
+        (Editor(chunk=4, also=Editor("prediction", chunk=4)), layers | beside | pending),
         (Editor(chunk=4), pending),
         (Editor(chunk=4, optimizer="adagrad"), pending | {ENERGY: np.ones(3, np.float32)}),
     ):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import hashlib
 import os
 import time
 from collections.abc import Iterator
@@ -14,13 +11,12 @@ from typing import Final
 
 from titans_runtime.errors import EnvironmentProblem
 from titans_runtime.files import make_folder, sync, write_atomically
+from titans_runtime.store.locks import LOCKS, locked
 from titans_runtime.store.protocol import Clock, Entry, Stored, check_expected, checked_name, is_live
 from titans_runtime.store.put import Puts
 from titans_runtime.store.record import HEAD, pack, unpack, unpack_head
 
 _SUFFIX: Final = ".memory"
-_LOCKS: Final = ".locks"
-_SHARDS: Final = 256
 
 
 class FileStore(Puts):
@@ -37,7 +33,7 @@ class FileStore(Puts):
             EnvironmentProblem: it cannot be made.
         """
         self._folder, self._clock = folder, clock
-        make_folder(folder / _LOCKS)
+        make_folder(folder / LOCKS)
 
     def get(self, name: str) -> Stored | None:
         """See :class:`MemoryStore`."""
@@ -58,7 +54,7 @@ class FileStore(Puts):
 
     def delete(self, name: str, expected: str | None = None) -> bool:
         """See :class:`MemoryStore`."""
-        with self._locked(checked_name(name)):
+        with locked(self._folder, checked_name(name)):
             found = self.entry(name)
             if expected is not None:
                 check_expected(name, found.version if found else None, expected)
@@ -79,7 +75,7 @@ class FileStore(Puts):
             entry = self._read_entry(path)
             if entry is None or is_live(entry, self._clock):
                 continue
-            with self._locked(entry.name):
+            with locked(self._folder, entry.name):
                 again = self._read_entry(path)  # another put may have come before the lock
                 if again is not None and not is_live(again, self._clock):
                     self._remove(path)
@@ -92,7 +88,7 @@ class FileStore(Puts):
     def _replace(self, entry: Entry, content: bytes, expected: str | None) -> None:
         path, record = self._path(entry.name), pack(entry, content)
         make_folder(path.parent)
-        with self._locked(entry.name):
+        with locked(self._folder, entry.name):
             found = self.entry(entry.name)
             check_expected(entry.name, found.version if found else None, expected)
             write_atomically(path, record)
@@ -131,18 +127,3 @@ class FileStore(Puts):
                 sync(path.parent)
         except OSError as error:
             raise EnvironmentProblem(f"{path}: cannot be removed ({error.strerror})") from None
-
-    @contextlib.contextmanager
-    def _locked(self, name: str) -> Iterator[None]:
-        """Be the only writer of a memory, among threads and processes."""
-        shard = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=2).digest()) % _SHARDS
-        path = self._folder / _LOCKS / f"{shard:02x}"
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise EnvironmentProblem(f"{path}: cannot be written ({error.strerror})") from None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)

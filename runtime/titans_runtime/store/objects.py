@@ -15,10 +15,13 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from titans_runtime.errors import ConflictError, EnvironmentProblem, TitansError
+from titans_runtime.files import make_folder
 from titans_runtime.optional import optional_import
+from titans_runtime.store.locks import LOCKS, locked
 from titans_runtime.store.protocol import (
     Clock,
     Entry,
@@ -74,6 +77,8 @@ class ObjectStore(Puts):
             raise EnvironmentProblem(f"{url}: {error}; pip install the package that fsspec names") from None
         self._root = root.rstrip("/")
         self._is_local = "file" in _protocols(self._fs)
+        if self._is_local:
+            make_folder(Path(self._root, LOCKS))
         self._check_exclusive(fsspec)
 
     def get(self, name: str) -> Stored | None:
@@ -132,7 +137,7 @@ class ObjectStore(Puts):
                     self._remove(folder, [current.number])
             elif not is_live(current.entry, self._clock):
                 tombstone = Entry(name, f"{_TOMBSTONE}-{new_version()}", 0, None, {"at": self._clock()})
-                with contextlib.suppress(ConflictError):
+                with contextlib.suppress(ConflictError), self._alone(name):
                     self._create_next(folder, current.number, tombstone, b"")
                     removed += 1
         return removed
@@ -142,10 +147,24 @@ class ObjectStore(Puts):
 
     def _replace(self, entry: Entry, content: bytes, expected: str | None) -> None:
         folder = self._folder(entry.name)
-        current = self._current(folder)
-        found = self._live(current, b"") if current else None
-        check_expected(entry.name, found.entry.version if found else None, expected)
-        self._create_next(folder, current.number if current else 0, entry, content)
+        with self._alone(entry.name):
+            current = self._current(folder)
+            found = self._live(current, b"") if current else None
+            check_expected(entry.name, found.entry.version if found else None, expected)
+            self._create_next(folder, current.number if current else 0, entry, content)
+
+    @contextlib.contextmanager
+    def _alone(self, name: str) -> Iterator[None]:
+        """In a folder of this machine, be the only writer of a memory.
+
+        An object store lists its objects as they are at one time. A folder that is read while others change
+        it may show neither the object that went nor the one that came, so that two puts could both be last.
+        """
+        if not self._is_local:
+            yield
+            return
+        with locked(Path(self._root), name):
+            yield
 
     def _create_next(self, folder: str, number: int, entry: Entry, content: bytes) -> None:
         """Be the one that creates the object after ``number``, then remove those before it."""
@@ -189,12 +208,22 @@ class ObjectStore(Puts):
             yield folder[len(self._root) + 1 :].removesuffix(_SUFFIX)
 
     def _numbers(self, folder: str) -> Sequence[int]:
+        found = self._listed(folder)
+        if self._is_local:  # read until nothing has changed meanwhile, see `_alone`
+            for _ in range(_TRIES):
+                again = self._listed(folder)
+                if again == found:
+                    break
+                found = again
+        return found
+
+    def _listed(self, folder: str) -> Sequence[int]:
         with self._reached():
             try:
                 names = [path.rsplit("/", 1)[1] for path in self._fs.ls(folder, detail=False)]
             except FileNotFoundError:
-                return []
-        return [int(name) for name in names if name.isdecimal()]
+                return ()
+        return tuple(sorted(int(name) for name in names if name.isdecimal()))
 
     def _folder(self, name: str) -> str:
         return f"{self._root}/{checked_name(name)}{_SUFFIX}"

@@ -36,6 +36,21 @@ class TestInAFolder(TestInMemory):
         return f"file://{tmp_path}/memories"
 
 
+def test_a_folder_is_read_until_nothing_has_changed_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One reading may show neither the object that another writer removed nor the one it made."""
+    store = ObjectStore(f"file://{tmp_path}/memories")
+    version = store.put("a", b"1", expected=None)
+    whole, seen = store._listed, iter([(), None])
+    monkeypatch.setattr(
+        store, "_listed", lambda folder: whole(folder) if (one := next(seen, None)) is None else one
+    )
+    found = store.get("a")
+    assert found is not None
+    assert (found.entry, found.content) == (version, b"1")
+
+
 def test_tombstones_stay_for_a_day() -> None:
     now = [1000.0]
     url = f"memory://{uuid.uuid4()}"
