@@ -16,12 +16,12 @@ from typing import Any
 from titans_runtime import scoring
 from titans_runtime.bundle import MANIFEST_NAME, open_bundle
 from titans_runtime.compare import Difference, compare
-from titans_runtime.editor import Editor
+from titans_runtime.editor import Editor, specification
 from titans_runtime.errors import DataError, UsageError
 from titans_runtime.files import write_atomically
 from titans_runtime.forward import SEGMENT
 from titans_runtime.model import RECOMMENDED, load
-from titans_runtime.page import Page, facts_of, specification
+from titans_runtime.page import Page, facts_of
 from titans_runtime.progress import progress_bar, progress_counter
 from titans_runtime.report import EditLog
 from titans_runtime.session import Session

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import numbers
 import re
 from collections.abc import Callable
@@ -323,3 +324,17 @@ def chosen_memories(editor: Editor, manifest: Manifest) -> tuple[str, ...]:
     if not chosen:
         raise UsageError(f"the bundle's graph {editor.graph} has no gradients")
     return chosen
+
+
+def specification(editor: dict[str, Any] | None) -> str:
+    """An editor as the command line takes it: the converse of :meth:`Editor.parse`; None is ``none``."""
+    if editor is None:
+        return "none"
+    settings = [
+        f"{name}={json.dumps(value) if isinstance(value, bool) else value}"
+        for name, value in editor.items()
+        if name not in ("objective", "also", "memories")
+    ]
+    settings += [f"memories={'|'.join(editor['memories'])}"] if editor.get("memories") else []
+    text = f"{editor['objective']}:{','.join(settings)}"
+    return f"{text}+{specification(editor['also'])}" if editor.get("also") else text

@@ -7,7 +7,6 @@ without editing, and what was gained. Above it are curves of cost, gradient norm
 from __future__ import annotations
 
 import html
-import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from titans_runtime.editor import specification
 from titans_runtime.report import Lesson
 
 _SHOWN = 200_000
@@ -286,20 +286,6 @@ for (const name of ["on", "off", "gain"])
 </body></html>
 """
 )
-
-
-def specification(editor: dict[str, Any] | None) -> str:
-    """An editor as the command line takes it."""
-    if editor is None:
-        return "none"
-    settings = [
-        f"{name}={json.dumps(value) if isinstance(value, bool) else value}"
-        for name, value in editor.items()
-        if name not in ("objective", "also", "memories")
-    ]
-    settings += [f"memories={'|'.join(editor['memories'])}"] if editor.get("memories") else []
-    text = f"{editor['objective']}:{','.join(settings)}"
-    return f"{text}+{specification(editor['also'])}" if editor.get("also") else text
 
 
 def facts_of(fields: dict[str, Any], off: float, on: float) -> dict[str, str]:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from titans_runtime import Editor, UsageError
-from titans_runtime.editor import MAX_CHUNK, decays
+from titans_runtime.editor import MAX_CHUNK, decays, specification
 from titans_runtime.optimizers import OPTIMIZERS, Step
 
 editors = st.builds(
@@ -169,6 +169,22 @@ def test_numpy_scalars_outside_the_range_are_refused(step: np.generic) -> None:
         Editor(step=step)
     with pytest.raises(UsageError, match=r"editor chunk is 4\.0; it must be an integer"):
         Editor(chunk=np.float64(4))
+
+
+@pytest.mark.parametrize(
+    "editor",
+    [
+        Editor(),
+        Editor(
+            "prediction", step=0.25, optimizer="adam", momentum=0.5, memories=("layers.0.*", "layers.1.*")
+        ),
+        Editor(
+            chunk=8, rollback=True, steps=2, also=Editor("association", step=1e-5, replace=True, clip=1.5)
+        ),
+    ],
+)
+def test_the_text_of_an_editor_is_read_as_that_editor(editor: Editor) -> None:
+    assert Editor.parse(specification(editor.to_dict())) == editor
 
 
 def test_the_second_editor_may_be_text() -> None:
