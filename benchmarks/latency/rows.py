@@ -85,7 +85,7 @@ ROWS = {
         "int8",
         ("float32",),
     ),
-    "int4": Row(("-p", "512", "-n", "64", "--tolerance", "0.3"), (), "int4", ("float32",)),
+    "int4": Row(("-p", "512", "-n", "64", "-e", "0", "--tolerance", "0.6"), (), "int4", ("float32",)),
     "scan": Row(("-p", "512", "-n", "64"), (), beside=("scan",)),
     "native": Row(("-p", "512", "-n", "64", "-e", "0"), (), beside=("native",)),
     "editing": Row(("-p", "512", "-n", "64", "-e", "0,1")),
