@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from titans_runtime.files import write_atomically
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "experiments"
 WORK = ROOT / "out" / "experiments"
+SEEDS = (0, 1, 2)
 
 
 def main() -> int:
@@ -54,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("task", choices=list(EXPERIMENTS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument(
         "--contestants",
         nargs="+",
@@ -79,36 +81,44 @@ def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     tasks = EXPERIMENTS[args.task]
     steps = {task.name: args.steps or task.steps for task in tasks}
-    path = args.results / f"{args.task}.json"
-    rows = _read(path)
+    path, command = args.results / f"{args.task}.json", f"python -m benchmarks.experiments {args.task}"
+    if steps != {task.name: task.steps for task in tasks}:  # another budget has files of its own
+        path, command = args.results / f"{args.task}-{args.steps}.json", f"{command} --steps {args.steps}"
     if not args.table:
         args.results.mkdir(parents=True, exist_ok=True)
         for seed in args.seeds:  # a whole table with one seed comes first
             for task in tasks:
                 for contestant in args.contestants or entrants(task.name):
-                    wanted = {
-                        "task": task.name,
-                        "contestant": contestant,
-                        "seed": seed,
-                        "steps": steps[task.name],
-                    }
-                    if any(all(row[name] == value for name, value in wanted.items()) for row in rows):
-                        continue
-                    own = measured(task, contestant, seed, steps[task.name], args.out)
-                    rows = _read(path) + own  # other seeds may have been finished by another process
-                    write_atomically(path, (json.dumps(rows, indent=1) + "\n").encode())
-    rows = [row for row in rows if row["steps"] == steps[row["task"]]]
+                    _finish(path, task, contestant, seed, steps[task.name], args.out)
+    rows = [row for row in _read(path) if row["steps"] == steps[row["task"]]]
     if not rows:
         raise UsageError(f"{path}: no results after so many steps; run without --table")
-    command = f"python -m benchmarks.experiments {args.task}"
-    text = report.table(args.task, tasks, rows, args.seeds, steps)
-    content = f"`{command}`\n\n![{args.task}]({args.task}.png)\n\n{text}\n"
-    chosen = report.settings(rows)
-    if chosen:
-        content += "\nChosen on development examples:\n\n" + "\n".join(f"* {line}" for line in chosen) + "\n"
+    content = document(args.task, tasks, rows, steps, command, f"{path.stem}.png")
     write_atomically(path.with_suffix(".md"), content.encode())
     write_atomically(path.with_suffix(".png"), report.plot(command, tasks, rows))
     print(content)
+
+
+def _finish(path: Path, task: Task, contestant: str, seed: int, steps: int, work: Path) -> None:
+    """Add the rows of one training to the results, unless they are there."""
+    wanted = {"task": task.name, "contestant": contestant, "seed": seed, "steps": steps}
+    if any(all(row[name] == value for name, value in wanted.items()) for row in _read(path)):
+        return
+    own = measured(task, contestant, seed, steps, work)
+    rows = _read(path) + own  # others may have been finished by another process
+    write_atomically(path, (json.dumps(rows, indent=1) + "\n").encode())
+
+
+def document(
+    name: str, tasks: Sequence[Task], rows: report.Rows, steps: dict[str, int], command: str, picture: str
+) -> str:
+    """The page of an experiment, in Markdown."""
+    text = report.table(name, tasks, rows, SEEDS, steps)
+    content = f"`{command}`\n\n![{name}]({picture})\n\n{text}\n"
+    chosen = report.settings(rows)
+    if chosen:
+        content += "\nChosen on development examples:\n\n" + "\n".join(f"* {line}" for line in chosen) + "\n"
+    return content
 
 
 def _read(path: Path) -> report.Rows:
@@ -118,9 +128,10 @@ def _read(path: Path) -> report.Rows:
 
 def measured(task: Task, contestant: str, seed: int, steps: int, work: Path) -> list[dict[str, Any]]:
     """Train one contestant and ask it, every way that it can be run: a row each."""
-    folder = work / task.name / f"{contestant}-{seed}"
+    name = f"{contestant}-{seed}" if steps == task.steps else f"{contestant}-{seed}-{steps}"
+    folder = work / task.name / name
     began = time.perf_counter()
-    training = Training(task, contestant, seed, Recipe(steps))
+    training = Training(task, contestant, seed, Recipe(steps if CONTESTANTS[contestant].trained else 0))
     network = training.run(folder)
     trained = time.perf_counter()
     ways = evaluated(task, contestant, network, folder / CHECKPOINT, folder / "bundle")
@@ -130,7 +141,7 @@ def measured(task: Task, contestant: str, seed: int, steps: int, work: Path) -> 
         "seed": seed,
         "steps": steps,
         "parameters": parameters(training.network),
-        "loss": round(training.loss, 5),
+        "loss": round(training.loss, 5) if CONTESTANTS[contestant].trained else None,
     }
     for row in ways:
         first = next(iter(row["scores"].values()))

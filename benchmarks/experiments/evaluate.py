@@ -24,8 +24,8 @@ _TOKENS = 32_768
 """Of a call in PyTorch, over all rows."""
 _MEMORIES = 2**20
 """Numbers in the readout memories of a call: every row has its own, and all should stay in cache."""
-_STRENGTHS = (0.1, 0.3, 1.0)
-_STEPS = {"readout": (0.3, 1.0, 3.0), "prediction": (0.1, 1.0)}
+_STRENGTHS = (0.03, 0.1, 0.3, 1.0)
+_STEPS = {"readout": (0.3, 1.0, 3.0, 10.0), "prediction": (0.001, 0.01, 0.1, 1.0)}
 _CHUNK = {"readout": 8, "prediction": 16}
 _LONGEST = {"prediction": 200, "readout": 5_000}
 """Tokens of the longest examples that are edited so, in PyTorch by autograd: longer ones would take hours."""

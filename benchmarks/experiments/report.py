@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.experiments.contestants import CONTESTANTS, entrants
-from benchmarks.experiments.evaluate import key
-from benchmarks.experiments.published import PUBLISHED
-from benchmarks.experiments.tasks.task import Task, Test
+from benchmarks.experiments.controls import controls, last_successors
+from benchmarks.experiments.evaluate import key, scored
+from benchmarks.experiments.published import FIGURES, PUBLISHED
+from benchmarks.experiments.tasks.task import Task, Test, examples
 from titans_runtime.optional import optional_import
 
 Rows = list[dict[str, Any]]
@@ -25,6 +26,8 @@ _COLOURS = {
     "transformer": "#7f7f7f",
     "s4d": "#b58900",
     "mamba": "#2f6f4f",
+    "mamba-scaled": "#66a182",
+    "titans-untrained": "#40404f",
     "lstm": "#8c6bb1",
     "titans-ssm": "#2166ac",
     "titans-lmm": "#c2571a",
@@ -70,7 +73,10 @@ def table(name: str, tasks: Sequence[Task], rows: Rows, seeds: Sequence[int], st
         for measure, title in _MEASURES.items():
             if measure == "exact" and not _several(rows, tests):
                 continue
-            parts += [f"**{group}: % of {title}**", "", *_lines(rows, tests, measure), ""]
+            lines = [*_lines(rows, tests, measure), *_without_model(tasks, tests, measure)]
+            if measure == tasks[0].measure:
+                lines += _published(name, tests)
+            parts += [f"**{group}: % of {title}**", "", *lines, ""]
     parts += _missing(tasks, rows, seeds)
     if name in PUBLISHED:
         parts += ["Published, at another size and budget: " + PUBLISHED[name].replace("\n", " "), ""]
@@ -128,6 +134,27 @@ def _lines(rows: Rows, tests: Sequence[Test], measure: str) -> list[str]:
     return written
 
 
+def _without_model(tasks: Sequence[Task], tests: Sequence[Test], measure: str) -> list[str]:
+    """Rows of what needs no model."""
+    found: dict[str, list[str]] = {}
+    for task in tasks:
+        for number, test in enumerate(task.tests):
+            if test not in tests:
+                continue
+            batch = examples(test, number)
+            for name, answer in controls(task).items():
+                found.setdefault(name, []).append(_cell([scored(batch, answer(batch))[measure]]))
+    return [f"| {name} | | {' | '.join(cells)} | | |" for name, cells in found.items()]
+
+
+def _published(name: str, tests: Sequence[Test]) -> list[str]:
+    """Rows of what others report, where a test of theirs has the size of one of ours."""
+    return [
+        f"| *{who}* | | {' | '.join(shares.get(test.label, '–') for test in tests)} | | |"
+        for who, shares in FIGURES.get(name, {}).items()
+    ]
+
+
 def _cell(values: list[float]) -> str:
     if not values:
         return "–"
@@ -167,6 +194,7 @@ def plot(title: str, tasks: Sequence[Task], rows: Rows) -> bytes:
     for axes, (group, tests) in zip(panels, groups.items(), strict=True):
         for contestant, way in lines_of(rows):
             _draw_line(axes, tests, rows, contestant, way, tasks[0].measure)
+        _draw_table(axes, tasks, tests)
         if min(test.size for test in tests) > 0:
             axes.set_xscale("log", base=2)
         turned = 45 if len(tests) > _LABELS else 0
@@ -185,6 +213,18 @@ def plot(title: str, tasks: Sequence[Task], rows: Rows) -> bytes:
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
     return image.getvalue()
+
+
+def _draw_table(axes: Any, tasks: Sequence[Task], tests: Sequence[Test]) -> None:  # noqa: ANN401
+    """What a table of successors gets without a model."""
+    shares = []
+    for task in tasks:
+        for number, test in enumerate(task.tests):
+            if test in tests:
+                batch = examples(test, number)
+                shares.append(100 * scored(batch, last_successors(batch))[task.measure])
+    name = "No model: the last successor"
+    axes.plot([test.size for test in tests], shares, color="black", lw=0.9, ls="-.", label=name)
 
 
 def _draw_line(axes: Any, tests: Sequence[Test], rows: Rows, contestant: str, way: str, measure: str) -> None:  # noqa: ANN401

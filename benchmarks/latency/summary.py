@@ -97,6 +97,8 @@ def _lines() -> Iterator[Line]:
             yield _ratio("installed size: PyTorch", "all", content["rows"][0], 5, content["command"])
         elif row == "titans_pytorch":
             yield from _library(content, where)
+        elif row == "open_editor":
+            yield from _open_editor(content, where)
         elif row in {name.partition("-")[0] for name in ROWS}:  # other files have tables of their own
             yield from _bench(content)
 
@@ -159,6 +161,13 @@ def _library(content: dict[str, Any], where: list[str]) -> Iterator[Line]:
         if target is not None:
             where_run = f"dim 256, {threads.removesuffix('t')}"
             yield _ratio(target.what, where_run, row, target.least, content["command"])
+
+
+def _open_editor(content: dict[str, Any], where: list[str]) -> Iterator[Line]:
+    size, tokens = where
+    for row in content["rows"]:
+        what = f"open editor, {row['kind']}: PyTorch autograd"
+        yield _ratio(what, f"{size}, periods of {tokens}, 1", row, 2, content["command"])
 
 
 def _footprint(content: dict[str, Any], size: str) -> Iterator[Line]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.experiments.contestants.lstm import LSTM
 from benchmarks.experiments.contestants.mamba import Selective
-from benchmarks.experiments.contestants.network import Network, Residual
+from benchmarks.experiments.contestants.network import Mixer, Network, Residual
 from benchmarks.experiments.contestants.s4d import DiagonalStateSpace
 from benchmarks.experiments.contestants.titans import Titans
 from benchmarks.experiments.contestants.transformer import Attention
@@ -37,12 +37,14 @@ class Contestant:
         build: from the vocabulary's size.
         ways: to edit it at test time, beside running it as it was trained: of :mod:`..evaluate`.
         tasks: that it takes part in; all, if none are named.
+        trained: False leaves the weights as they are drawn.
     """
 
     label: str
     build: Callable[[int], Network]
     ways: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
+    trained: bool = True
 
     def takes_part(self, task: str) -> bool:
         """Whether it is trained on ``task`` unless it is asked for by name."""
@@ -57,9 +59,10 @@ def _s4d(vocab_size: int) -> Network:
     return Residual(vocab_size, WIDTH, [DiagonalStateSpace(WIDTH, 64) for _ in range(_LAYERS)], d_ff=256)
 
 
-def _mamba(vocab_size: int) -> Network:
+def _mamba(vocab_size: int, write_spread: float = 0.0) -> Network:
     width = 80  # the block has no feed-forward layer beside it, and is that much wider for it
-    return Residual(vocab_size, width, [Selective(width) for _ in range(_LAYERS)], d_ff=0)
+    mixers: list[Mixer] = [Selective(width, write_spread=write_spread) for _ in range(_LAYERS)]
+    return Residual(vocab_size, width, mixers, d_ff=0)
 
 
 def _lstm(vocab_size: int) -> Network:
@@ -71,11 +74,28 @@ def _titans(vocab_size: int, edit: float, write_spread: float = 0.0, **settings:
 
 
 _SSM = {"d_ff": 216, "momentum": False}
+_WRITE_SPREAD = 1.2
+_READOUT_TASKS = (
+    "mqar", "induction-fresh", "copy", "selective", "digits", "scan-simple", "scan-length",
+    "scan-addprim_jump",
+)  # fmt: skip
 CONTESTANTS: dict[str, Contestant] = {
     "transformer": Contestant("Transformer, rotary", _transformer),
     "s4d": Contestant("S4D", _s4d),
     "mamba": Contestant("Mamba", _mamba),
+    "mamba-scaled": Contestant(
+        "Mamba, writes scaled at random in training",
+        partial(_mamba, write_spread=_WRITE_SPREAD),
+        tasks=("induction",),
+    ),
     "lstm": Contestant("LSTM", _lstm),
+    "titans-untrained": Contestant(
+        "Titans LMM, **not trained**",
+        partial(_titans, edit=0.0, **_SSM),
+        ("readout",),
+        _READOUT_TASKS,
+        trained=False,
+    ),
     "titans-ssm": Contestant(
         "Titans LMM, trained λ = 0", partial(_titans, edit=0.0, **_SSM), ("fused", "readout", "prediction")
     ),
@@ -90,7 +110,7 @@ CONTESTANTS: dict[str, Contestant] = {
     ),
     "titans-scaled": Contestant(
         "Titans LMM, no retention, writes scaled at random in training, λ = 1",
-        partial(_titans, edit=1.0, retention=False, write_spread=1.2, **_SSM),
+        partial(_titans, edit=1.0, retention=False, write_spread=_WRITE_SPREAD, **_SSM),
         ("off", "readout"),
         ("induction",),
     ),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.experiments.contestants.network import Mixer, State
+from benchmarks.experiments.contestants.network import Mixer, State, scaled
 from titans_export.layers import CausalConv
 
 _CHUNK = 256
@@ -99,9 +99,10 @@ def selective_scan(
 class Selective(Mixer):
     """The block."""
 
-    def __init__(self, width: int, states: int = 16, expand: int = 2) -> None:
-        """``states``: ``N``; ``expand``: inner width over ``width``."""
+    def __init__(self, width: int, states: int = 16, expand: int = 2, write_spread: float = 0.0) -> None:
+        """``states``: ``N``; ``expand``: inner width over ``width``; ``write_spread``: see :func:`scaled`."""
         super().__init__()
+        self.write_spread = write_spread
         inner, self.states, self.rank = expand * width, states, math.ceil(width / 16)
         self.in_projection = nn.Linear(width, 2 * inner, bias=False)
         self.convolution = CausalConv(inner, _TAPS)
@@ -137,6 +138,7 @@ class Selective(Mixer):
         x = F.silu(x + self.bias)
         step, write, read = self.selection(x).split([self.rank, self.states, self.states], dim=-1)
         step = F.softplus(self.step_projection(step))
-        y, present = selective_scan(x, step, -self.log_rate.exp(), write, read, state["state"])
+        written = scaled(x, self.write_spread) if self.write_spread else x
+        y, present = selective_scan(written, step, -self.log_rate.exp(), write, read, state["state"])
         mixed = self.out_projection((y + self.direct * x) * F.silu(gate))
         return mixed, {"conv": tail, "state": present}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from benchmarks.experiments.contestants.network import Network, State
+from benchmarks.experiments.contestants.network import Network, State, scaled
 from titans_export.config import ModelConfig
 from titans_export.memory import neural_memory
 from titans_export.memory_layer import Rules
@@ -18,12 +18,7 @@ _SEGMENT = 1024
 
 
 class ScaledWrites:
-    """The memory's rule, every token's value multiplied at random while gradients are taken.
-
-    What a token writes where another one reads is noise that grows with the root of their number. With
-    factors ``exp(spread · N(0, 1))`` its variance in training is ``exp(2 spread²)`` times what it will be: a
-    row of 256 tokens, at 1.2, holds that of 4,500, and so presses for keys that leave each other alone.
-    """
+    """The memory's rule, every token's value multiplied at random: see :func:`~.network.scaled`."""
 
     def __init__(self, spread: float) -> None:
         """``spread``: standard deviation of the factors' logarithms."""
@@ -33,10 +28,7 @@ class ScaledWrites:
         self, query: Tensor, key: Tensor, value: Tensor, *rest: Tensor, tile: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The contract of :func:`titans_export.memory.neural_memory`."""
-        if torch.is_grad_enabled():
-            batch, _, tokens, _ = value.shape
-            value = value * torch.exp(self.spread * torch.randn(batch, 1, tokens, 1))
-        return neural_memory(query, key, value, *rest, tile=tile)
+        return neural_memory(query, key, scaled(value, self.spread), *rest, tile=tile)
 
 
 class Titans(Network):

@@ -39,9 +39,10 @@ COPY = Task(
     "copy",
     vocab_size=LETTERS + 1,
     chance=1 / LETTERS,
+    answers=range(LETTERS),
     draw=_draw,
     tests=tuple(_test(length, 128 if length <= 128 else 32) for length in (16, 32, 64, 128, 256, 512, 1024)),
     development=(_test(48, 32), _test(192, 16)),
-    steps=500,
+    steps=2000,
     ways=("off", "fused", "readout"),
 )

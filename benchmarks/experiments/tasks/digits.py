@@ -166,6 +166,7 @@ DIGITS = Task(
     "digits",
     vocab_size=CODES + _LABELS,
     chance=1 / CLASSES,
+    answers=range(LABEL, LABEL + _LABELS),
     draw=_draw,
     tests=(_test("known", 0, KNOWN, True, 512), _test("novel", 1, NOVEL, True, 512)),
     development=(_test("known", 0, KNOWN, False, 128),),

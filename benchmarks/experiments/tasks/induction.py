@@ -21,8 +21,10 @@ TRAINING_ASKED = 4
 """Times that the curriculum asks: from one answer in 256 tokens there is little to learn."""
 
 
-_EXAMPLES = {2048: 64, 4096: 64, 8192: 32, 16384: 16, 32768: 4, 65536: 4}
+_EXAMPLES = {2048: 64, 4096: 64, 8192: 32, 16384: 16}
 """Of long tests, in place of 128."""
+_MORE_EXAMPLES = {8192: 128, 16384: 64, 32768: 16}
+"""The same where states go on from row to row, in place of 256."""
 
 
 def heads(generator: np.random.Generator, count: int, length: int, asked: int = 1) -> Batch:
@@ -62,6 +64,7 @@ FRESH = Task(
     "induction-fresh",
     vocab_size=VOCABULARY,
     chance=1 / (VOCABULARY - 1),
+    answers=range(1, VOCABULARY),
     draw=_draw,
     tests=tuple(_test(2**power, _EXAMPLES.get(2**power, 128)) for power in range(6, 15)),
     development=(_test(192, 32), _test(768, 32), _test(3072, 16)),
@@ -71,9 +74,9 @@ FRESH = Task(
 INDUCTION = replace(
     FRESH,
     name="induction",
-    tests=tuple(_test(2**power, _EXAMPLES.get(2**power, 128)) for power in range(6, 17)),
+    tests=tuple(_test(2**power, _MORE_EXAMPLES.get(2**power, 256)) for power in range(6, 16)),
     steps=1000,
     carry=0.9,
     curriculum=(0.2, 0.5),
-    ways=(),
+    ways=("off", "fused"),
 )

@@ -72,6 +72,7 @@ MQAR = Task(
     "mqar",
     vocab_size=KEYS + VALUES,
     chance=1 / VALUES,
+    answers=range(KEYS, KEYS + VALUES),
     draw=_draw,
     tests=(
         *(_test("pairs", pairs, 1) for pairs in (4, 8, 16, 32, 64)),

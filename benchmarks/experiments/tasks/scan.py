@@ -82,6 +82,7 @@ def _task(name: str) -> Task:
         f"scan-{name}",
         vocab_size=len(WORDS),
         chance=1 / (len(PRIMITIVES) + len(TURNS) + 1),
+        answers=range(_ID["I_WALK"], len(WORDS)),
         draw=partial(_draw, name=name),
         tests=(
             Test("split", name, SPLITS.index(name), 512, partial(_questions, name=name, development=False)),

@@ -45,9 +45,10 @@ SELECTIVE = Task(
     "selective",
     vocab_size=DATA + 2,
     chance=1 / DATA,
+    answers=range(DATA),
     draw=_draw,
     tests=tuple(_test(length, 128 if length <= 128 else 64) for length in (16, 32, 64, 128, 256, 512, 1024)),
     development=(_test(48, 32), _test(192, 16)),
-    steps=500,
+    steps=1000,
     ways=("off", "fused", "readout"),
 )

@@ -57,6 +57,7 @@ class Task:
         name: as in files.
         vocab_size: token ids.
         chance: accuracy of a scored token by guessing among the answers that can occur.
+        answers: token ids that can be answers.
         draw: a training batch, from a generator, how far the curriculum has come (0 to 1) and its rows.
         tests: asked after training.
         development: asked to choose how to edit; no example of it is in ``tests``.
@@ -72,6 +73,7 @@ class Task:
     name: str
     vocab_size: int
     chance: float
+    answers: range
     draw: Callable[[np.random.Generator, float, int], Batch]
     tests: tuple[Test, ...]
     development: tuple[Test, ...]

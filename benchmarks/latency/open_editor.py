@@ -1,6 +1,6 @@
 """The open editor beside PyTorch autograd, doing the same: a gradient of a whole period, by all memories.
 
-    .venv/bin/python -m benchmarks.editing.speed [--preset nano] [--tokens 32] [--rounds 15]
+    .venv/bin/python -m benchmarks.latency.open_editor --size nano --tokens 32
 
 Both sides have the same random weights, tokens and state; their gradients are compared first. Then they run
 alternately in one process, one thread: the gradient alone, and a whole lesson (gradient, step, and the model
@@ -14,58 +14,77 @@ PyTorch takes both in calls of eight tokens.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnxruntime
 import torch
 
 import titans_runtime as tr
 from benchmarks.command import conclude
-from benchmarks.editing.run import RESULTS
+from benchmarks.latency.models import prepared
+from benchmarks.latency.plots import bars
+from benchmarks.latency.results import publish
 from titans_export.config import PRESETS
 from titans_export.gradients import editable, prediction
 from titans_export.model import TitansModel
 from titans_export.peers.autograd import AutogradRunner
-from titans_export.pipeline import export_bundle
-from titans_export.training.checkpoint import save_checkpoint
+from titans_export.training.checkpoint import load_checkpoint
+from titans_runtime.bench.machine import describe, own_versions
 from titans_runtime.memories import MemoriesEditor
 from titans_runtime.progress import progress_bar
 
 STEP = 0.01
 READOUT_CHUNK = 8
 READOUT_TOKENS = 512
+GRADIENT = "gradient by all memories"
+LESSON = "lesson: gradient, step, run again"
+READOUT = "readout: what editing adds"
 
 
 def main() -> None:
-    """Compare, time, write the results."""
+    """Compare, time, publish."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--preset", default="nano")
-    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--size", choices=sorted(PRESETS), default="nano")
+    parser.add_argument("--tokens", type=int, default=32, help="of a period")
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    model = TitansModel(PRESETS[args.preset]).eval()
-    with tempfile.TemporaryDirectory() as folder:
-        save_checkpoint(model, Path(folder, "checkpoint"))
-        export_bundle(Path(folder, "checkpoint"), Path(folder, "bundle"))
-        exported = tr.load(Path(folder, "bundle"), threads=1)
-        result = {"preset": args.preset, "tokens": args.tokens}
-        result |= timed(sides(model, exported, args.tokens), args.rounds)
-        result["readout"] = added(*readout_sides(model, exported), args.rounds)
-    path = RESULTS / f"editing-speed-{args.preset}-{args.tokens}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=1))
+    files = prepared(args.size)
+    model, exported = load_checkpoint(files.checkpoint), tr.load(files.bundle, threads=1)
+    rows = timed(sides(model, exported, args.tokens), args.rounds)
+    rows.append(added(*readout_sides(model, exported), args.rounds))
+    command = f"python -m benchmarks.latency.open_editor --size {args.size} --tokens {args.tokens}"
+    content = {
+        "command": command,
+        "machine": describe(),
+        "versions": own_versions() | {"onnxruntime": onnxruntime.__version__, "torch": torch.__version__},
+        "rows": rows,
+        "absent": [],
+    }
+    kinds = [str(row["kind"]) for row in rows]
+    picture = bars(kinds, rows, "PyTorch autograd / ours, median and range", command)
+    publish(f"open_editor-{args.size}-{args.tokens}", content, table(rows), picture)
+
+
+def table(rows: list[Row]) -> str:
+    """What was timed, in Markdown."""
+    lines = ["| what | ours, ms | autograd, ms | autograd / ours (range) |", "|---|---|---|---|"]
+    lines += [
+        f"| {row['kind']} | {row['ours_ms']:.2f} | {row['autograd_ms']:.2f} "
+        f"| **{row['ratio']:.2f}** ({row['ratio_low']:.2f}-{row['ratio_high']:.2f}) |"
+        for row in rows
+    ]
+    return "\n".join(lines) + "\n"
 
 
 Side = tuple[Callable[[], object], Callable[[], object]]
+Row = dict[str, Any]
 
 
 def sides(model: TitansModel, exported: tr.Model, tokens: int) -> dict[str, Side]:
@@ -110,25 +129,34 @@ def sides(model: TitansModel, exported: tr.Model, tokens: int) -> dict[str, Side
             edited = {name: state[name] - STEP * found[f"grad.{name}"] for name in names}
             model(batch[0], edit, state | edited)
 
-    return {"gradient": (our_gradient, their_gradient), "lesson": (our_lesson, their_lesson)}
+    return {GRADIENT: (our_gradient, their_gradient), LESSON: (our_lesson, their_lesson)}
 
 
-def timed(pairs: dict[str, Side], rounds: int) -> dict[str, dict[str, float]]:
-    """Median milliseconds of both sides, alternately, and the median ratio with its range."""
-    result = {}
-    for name, pair in pairs.items():
+def timed(pairs: dict[str, Side], rounds: int) -> list[Row]:
+    """Both sides of every pair, alternately."""
+    rows = []
+    for kind, pair in pairs.items():
         for side in pair:
             side()
-        times = [[clocked(side) for side in pair] for _ in progress_bar(range(rounds), name, "round")]
-        ratios = sorted(theirs / ours for ours, theirs in times)
-        result[name] = {
-            "ours_ms": 1000 * statistics.median(ours for ours, _ in times),
-            "autograd_ms": 1000 * statistics.median(theirs for _, theirs in times),
-            "ratio": statistics.median(ratios),
-            "least": ratios[0],
-            "most": ratios[-1],
-        }
-    return result
+        rows.append(
+            _row(kind, [[clocked(side) for side in pair] for _ in progress_bar(range(rounds), kind, "round")])
+        )
+    return rows
+
+
+def _row(kind: str, rounds: list[list[float]], scale: float = 1.0) -> Row:
+    """Median times and ratio of ``rounds``, which hold seconds of ours and of theirs."""
+    ratios = [theirs / ours for ours, theirs in rounds]
+    ours, theirs = (1000 * scale * statistics.median(side) for side in zip(*rounds, strict=True))
+    return {
+        "kind": kind,
+        "ours_ms": ours,
+        "autograd_ms": theirs,
+        "ratio": statistics.median(ratios),
+        "ratio_low": min(ratios),
+        "ratio_high": max(ratios),
+        "rounds": len(ratios),
+    }
 
 
 def readout_sides(model: TitansModel, exported: tr.Model) -> tuple[Side, Side]:
@@ -161,21 +189,13 @@ def readout_sides(model: TitansModel, exported: tr.Model) -> tuple[Side, Side]:
     return (ours, ours_without), (theirs, theirs_without)
 
 
-def added(ours: Side, theirs: Side, rounds: int) -> dict[str, float]:
-    """What editing adds to a chunk on both sides, median milliseconds; the median ratio and its range."""
+def added(ours: Side, theirs: Side, rounds: int) -> Row:
+    """What editing the readout adds to a chunk, on both sides."""
     found = [
         [clocked(edited) - clocked(plain) for edited, plain in (ours, theirs)]
         for _ in progress_bar(range(rounds), "readout", "round")
     ]
-    scale = 1000 * READOUT_CHUNK / READOUT_TOKENS
-    ratios = sorted(peer / own for own, peer in found)
-    return {
-        "ours_ms": scale * statistics.median(own for own, _ in found),
-        "autograd_ms": scale * statistics.median(peer for _, peer in found),
-        "ratio": statistics.median(ratios),
-        "least": ratios[0],
-        "most": ratios[-1],
-    }
+    return _row(READOUT, found, READOUT_CHUNK / READOUT_TOKENS)
 
 
 def clocked(side: Callable[[], object]) -> float:
