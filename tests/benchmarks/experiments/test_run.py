@@ -18,7 +18,8 @@ from benchmarks.experiments.report import table
 from benchmarks.experiments.tasks import EXPERIMENTS
 from benchmarks.experiments.tasks.recall import MQAR
 from benchmarks.experiments.tasks.task import IGNORED, Batch, Task, examples
-from benchmarks.experiments.train import STATE, Recipe, Training
+from benchmarks.experiments.train import CHECKPOINT, STATE, Recipe, Training
+from titans_export.training.checkpoint import load_checkpoint
 from titans_runtime import Editor
 from titans_runtime.errors import DataError
 
@@ -106,7 +107,7 @@ def test_one_command_trains_asks_and_writes(
     arguments += ["--out", str(tmp_path / "out"), "--results", str(tmp_path / "results")]
     monkeypatch.setattr("sys.argv", [*arguments, "--contestants", "s4d", "titans-ssm"])
     assert command.main() == 0
-    rows = json.loads((tmp_path / "results" / "mqar.json").read_text())
+    rows = json.loads((tmp_path / "results" / "mqar-2.json").read_text())
     ways = [(row["contestant"], row["way"]) for row in rows]
     assert ways == [
         ("s4d", "as trained"),
@@ -117,11 +118,13 @@ def test_one_command_trains_asks_and_writes(
             assert score["examples"] == 5
             if row["way"] in ("as trained", "fused", "readout") and row["contestant"] == "titans-ssm":
                 assert score["agree"] >= 4  # an untrained model's answers are near ties
-    assert (tmp_path / "results" / "mqar.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "results" / "mqar-2.png").read_bytes().startswith(b"\x89PNG")
     written = capsys.readouterr().out
+    assert "`python -m benchmarks.experiments mqar --steps 2`\n\n![mqar](mqar-2.png)" in written
     assert "Titans LMM, trained λ = 0, edited at test time (readout)" in written
-    assert "mqar: transformer (seed 0)" in written
-    assert "s4d (seed" not in written
+    assert "mqar: transformer (seeds 0, 1, 2)" in written
+    assert "No model: what followed the last 4, 2 or 1 tokens before | | 100.0 |" in written
+    assert "s4d (seeds 1, 2)" in written
 
     # What has results is not done again.
     monkeypatch.setattr(command, "measured", pytest.fail)
@@ -130,6 +133,29 @@ def test_one_command_trains_asks_and_writes(
     monkeypatch.setattr("sys.argv", [*arguments, "--steps", "0"])
     assert command.main() == 2
     assert "--steps 0" in capsys.readouterr().err
+
+
+def test_each_number_of_steps_has_files_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(EXPERIMENTS, "mqar", (replace(small(), steps=3),))
+    arguments = ["experiments", "mqar", "--seeds", "0", "--contestants", "lstm"]
+    arguments += ["--out", str(tmp_path / "out"), "--results", str(tmp_path)]
+    for steps in ([], ["--steps", "2"], ["--steps", "3"]):
+        monkeypatch.setattr("sys.argv", [*arguments, *steps])
+        assert command.main() == 0
+    for name, steps in (("mqar", 3), ("mqar-2", 2)):
+        (row,) = json.loads((tmp_path / f"{name}.json").read_text())
+        assert row["steps"] == steps
+        assert f"![mqar]({name}.png)" in (tmp_path / f"{name}.md").read_text()
+    assert not (tmp_path / "mqar-3.json").exists()  # the task's own number, however it is said
+
+
+def test_what_is_not_trained_keeps_its_weights(tmp_path: Path) -> None:
+    rows = command.measured(replace(small(), ways=()), "titans-untrained", 4, 50, tmp_path)
+    assert [(row["steps"], row["loss"], row["way"]) for row in rows] == [(50, None, "as trained")]
+    torch.manual_seed(4)
+    drawn = CONTESTANTS["titans-untrained"].build(MQAR.vocab_size)
+    kept = load_checkpoint(tmp_path / "mqar" / "titans-untrained-4-50" / CHECKPOINT)
+    assert torch.equal(kept.head.weight, drawn.head.weight)
 
 
 def test_a_table_has_mean_and_spread() -> None:
