@@ -52,6 +52,8 @@ _KINDS: Final = {
     422: "invalid_request_error",
     429: "rate_limit_error",
 }
+_SHOWN: Final = 100
+"""Characters of a field's name that an error repeats."""
 _bearer = HTTPBearer(auto_error=False, description="A token of the server's file, where it has one.")
 
 
@@ -116,9 +118,10 @@ def install_errors(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
 
     async def malformed(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        return problem(422, f"{where}: {first['msg']}", param=where)
+        # Of a union every branch complains: the one that came farthest is the one that was meant.
+        shown = max(error.errors(), key=lambda one: len(one["loc"]))
+        where = ".".join(str(part)[:_SHOWN] for part in shown["loc"])
+        return problem(422, f"{where}: {shown['msg']}", param=where)
 
     async def plain(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
