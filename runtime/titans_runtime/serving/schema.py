@@ -126,6 +126,7 @@ class Memory(BaseModel):
     expires: float | None
     edit: list[float]
     editor: dict[str, Any] | None
+    damaged: bool = Field(False, description="The store cannot read it; it can be deleted. In lists only.")
 
 
 class Choice(BaseModel):
