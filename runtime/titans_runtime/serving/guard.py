@@ -159,7 +159,7 @@ class Limits:
             return
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._most:
-            await self._refuse(send)
+            await refuse(send, 413, self._message)
             return
         seen = 0
 
@@ -184,9 +184,11 @@ class Limits:
             path = getattr(scope.get("route"), "path", "other")
             metrics.requests.labels(path, str(status)).inc()
 
-    async def _refuse(self, send: Send) -> None:
-        content = json.dumps({"error": body_of(413, self._message)}).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-        headers.append((b"connection", b"close"))
-        await send({"type": "http.response.start", "status": 413, "headers": headers})
-        await send({"type": "http.response.body", "body": content})
+
+async def refuse(send: Send, status: int, message: str) -> None:
+    """Answer with an error before a request's body has been read, and let the connection end with it."""
+    content = json.dumps({"error": body_of(status, message)}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+    headers.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": content})
