@@ -23,6 +23,7 @@ from titans_runtime.serving import schema
 from titans_runtime.serving.completion import new_session
 from titans_runtime.serving.completions import Running, gone, streamed, whole
 from titans_runtime.serving.guard import Limits, Of, Owner, body_of, install_errors, owner_of, status_of
+from titans_runtime.serving.names import OwnNames
 from titans_runtime.serving.service import Service
 from titans_runtime.serving.settings import Settings
 
@@ -38,7 +39,7 @@ def _answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
     texts = {
         400: "The request cannot be meant.",
         401: "No token, or none that the server knows.",
-        403: "More than the caller may have.",
+        403: "More than the caller may have; or, without tokens, a foreign Host or Origin.",
         404: "There is no such memory or model.",
         409: "The memory is in use, exists, was changed elsewhere, or belongs to another bundle.",
         413: "The body is too large.",
@@ -71,8 +72,9 @@ def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
     install_errors(app, [*_open.routes, *_v1.routes])
     app.include_router(_open)
     app.include_router(_v1)
-    if settings.tokens is None:
+    if not settings.tokens:
         _describe_as_open(app)
+        app.add_middleware(OwnNames, hosts=settings.hosts)
     found: Callable[[], Any] = lambda: getattr(getattr(app.state, "service", None), "metrics", None)  # noqa: E731
     app.add_middleware(Limits, most=settings.max_body, metrics=found)
     return app
@@ -125,7 +127,7 @@ def page(request: Request) -> FileResponse:
 
 # --- for who has a token
 
-_v1 = APIRouter(prefix="/v1", responses=_answers(401, 422))
+_v1 = APIRouter(prefix="/v1", responses=_answers(401, 403, 422))
 
 
 @_v1.get("/models", dependencies=[Depends(owner_of)])

@@ -73,6 +73,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens", type=Path, default=None, metavar="FILE", help="bearer tokens, one 'OWNER TOKEN' a line"
     )
+    parser.add_argument(
+        "--allow-host",
+        default=default["allow_host"],
+        metavar="NAME,…",
+        help="without --tokens: names, besides this machine's own, that browsers may reach it by",
+    )
     for name, kind, text in (
         ("slots", int, "requests that run at once"),
         ("waiting", int, "requests that wait at most"),

@@ -52,6 +52,8 @@ _KINDS: Final = {
     422: "invalid_request_error",
     429: "rate_limit_error",
 }
+_SHOWN: Final = 100
+"""Characters of a field's name that an error repeats."""
 _bearer = HTTPBearer(auto_error=False, description="A token of the server's file, where it has one.")
 
 
@@ -116,9 +118,10 @@ def install_errors(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
 
     async def malformed(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        return problem(422, f"{where}: {first['msg']}", param=where)
+        # Of a union every branch complains: the one that came farthest is the one that was meant.
+        shown = max(error.errors(), key=lambda one: len(one["loc"]))
+        where = ".".join(str(part)[:_SHOWN] for part in shown["loc"])
+        return problem(422, f"{where}: {shown['msg']}", param=where)
 
     async def plain(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
@@ -156,7 +159,7 @@ class Limits:
             return
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._most:
-            await self._refuse(send)
+            await refuse(send, 413, self._message)
             return
         seen = 0
 
@@ -181,9 +184,11 @@ class Limits:
             path = getattr(scope.get("route"), "path", "other")
             metrics.requests.labels(path, str(status)).inc()
 
-    async def _refuse(self, send: Send) -> None:
-        content = json.dumps({"error": body_of(413, self._message)}).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-        headers.append((b"connection", b"close"))
-        await send({"type": "http.response.start", "status": 413, "headers": headers})
-        await send({"type": "http.response.body", "body": content})
+
+async def refuse(send: Send, status: int, message: str) -> None:
+    """Answer with an error before a request's body has been read, and let the connection end with it."""
+    content = json.dumps({"error": body_of(status, message)}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+    headers.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": content})

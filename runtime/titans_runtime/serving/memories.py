@@ -60,6 +60,7 @@ class Description:
     expires: float | None
     edit: list[float]
     editor: dict[str, Any] | None
+    damaged: bool = False
 
 
 class Memories:
@@ -183,9 +184,7 @@ class Memories:
         """
         name = name if name is not None else f"mem-{secrets.token_hex(8)}"
         with self.in_hand(owner, name) as key:
-            count = sum(1 for _ in self._store.list(f"{owner}/"))
-            if count >= self._most:
-                raise TooMany(f"{count} memories, the most that one owner may have; delete one first")
+            self._check_room(f"{owner}/")
             about = {"created": int(self._clock())}
             empty = Entry(key, "", 0, None, about)
             return self._save(key, Held(session.snapshot(), empty, saved=False), expected=None)
@@ -234,14 +233,15 @@ class Memories:
             return snapshot_bytes(self.held(key).snapshot)
 
     def delete(self, owner: str, name: str) -> None:
-        """Remove one.
+        """Remove one, a damaged one too.
 
         Raises:
             NoSuchMemory: there is none.
         """
         with self.in_hand(owner, name) as key:
-            self._forget(key)
-            if not self._store.delete(key):
+            found = self._store.delete(key)
+            self._forget(key)  # only now: where the store fails, what is not saved is still here
+            if not found:
                 raise NoSuchMemory(f"memory {name}: there is none of this name")
 
     def save_all(self) -> tuple[int, Sequence[str]]:
@@ -256,6 +256,18 @@ class Memories:
         return len(unsaved) - len(problems), problems
 
     # --- inside
+
+    def _check_room(self, prefix: str) -> None:
+        """Count names; only who has many of them has the entries read, of which some may have expired.
+
+        Raises:
+            TooMany: there is no room for another.
+        """
+        for every in (self._store.names, self._store.list):
+            count = sum(1 for _ in every(prefix))
+            if count < self._most:
+                return
+        raise TooMany(f"{count} memories, the most that one owner may have; delete one first")
 
     def _save(self, key: str, held: Held, expected: str | None = "") -> Description:
         expected = held.entry.version if expected == "" else expected
@@ -308,12 +320,13 @@ class Memories:
             id=_id(entry.name),
             version=entry.version,
             position=int(about.get("position", 0)),
-            saved=True,
+            saved=not entry.damaged,
             bytes=entry.size,
             created=int(about.get("created", 0)),
             expires=entry.expires,
             edit=list(about.get("edit", [])),
             editor=about.get("editor"),
+            damaged=entry.damaged,
         )
 
 

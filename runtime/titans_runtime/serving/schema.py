@@ -4,10 +4,44 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    TypeAdapter,
+    WithJsonSchema,
+    model_validator,
+)
 
 ID = r"^[A-Za-z0-9_-]{1,64}$"
 MemoryId = Annotated[str, Field(pattern=ID, description="Letters, digits, - or _.")]
+
+# A list ends at its first bad element: each would be an error of its own, and a body holds a million.
+_Ids = Annotated[list[int], Field(fail_fast=True)]
+_Texts = Annotated[list[str], Field(fail_fast=True)]
+_Edits = Annotated[list[float], Field(fail_fast=True)]
+
+
+def _kind_of_prompt(given: Any) -> str:  # noqa: ANN401 - any JSON
+    """Which form of a prompt is meant, by its first element: the others then have no errors to tell of."""
+    if not isinstance(given, list):
+        return "str"
+    first = given[0] if given else 0
+    if isinstance(first, list):
+        return "list[list[int]]"
+    return "list[str]" if isinstance(first, str) else "list[int]"
+
+
+_Prompt = Annotated[
+    Annotated[str, Tag("str")]
+    | Annotated[_Ids, Tag("list[int]")]
+    | Annotated[_Texts, Tag("list[str]")]
+    | Annotated[list[_Ids], Field(fail_fast=True), Tag("list[list[int]]")],
+    Discriminator(_kind_of_prompt),
+    WithJsonSchema(TypeAdapter(str | list[int] | list[str] | list[list[int]]).json_schema()),
+]
 
 
 class _Strict(BaseModel):
@@ -15,11 +49,21 @@ class _Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_one_unknown(cls, given: Any) -> Any:  # noqa: ANN401 - any JSON
+        """Leave one unknown field of many: each would be an error of its own."""
+        if not isinstance(given, dict):
+            return given
+        known = cls.model_fields
+        unknown = [name for name in given if name not in known][:1]
+        return {name: given[name] for name in [*(name for name in known if name in given), *unknown]}
+
 
 class Editing(_Strict):
     """How a memory learns; what is left out is as the bundle recommends."""
 
-    edit: float | list[float] | None = Field(None, description="Strength of the fused rule, 0 to 1.")
+    edit: float | _Edits | None = Field(None, description="Strength of the fused rule, 0 to 1.")
     editor: str | None = Field(
         None, max_length=500, description="As the command line takes it, readout:step=1,chunk=4; or none."
     )
@@ -35,15 +79,13 @@ class CompletionRequest(_Strict):
     """OpenAI's completion request; `memory`, `save`, `learn`, `editing`, `top_k` and `timeout` are added."""
 
     model: str | None = Field(None, description="Checked against the one that is served, where it is given.")
-    prompt: str | list[int] | list[str] | list[list[int]] = Field(
-        "", description="Text, token ids, or up to 16 of either without a memory."
-    )
+    prompt: _Prompt = Field("", description="Text, token ids, or up to 16 of either without a memory.")
     max_tokens: int = Field(16, ge=0)
     temperature: float = Field(1.0, ge=0, le=100)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, le=2**31)
     seed: int | None = Field(None, ge=0, lt=2**63)
-    stop: str | list[str] | None = Field(None, description="Up to 4 texts.")
+    stop: str | _Texts | None = Field(None, description="Up to 4 texts.")
     stream: bool = False
     stream_options: StreamOptions | None = None
     echo: bool = Field(False, description="Give the prompt back, with its log-probabilities if asked for.")
@@ -84,6 +126,7 @@ class Memory(BaseModel):
     expires: float | None
     edit: list[float]
     editor: dict[str, Any] | None
+    damaged: bool = Field(False, description="The store cannot read it; it can be deleted. In lists only.")
 
 
 class Choice(BaseModel):

@@ -10,10 +10,12 @@ from pathlib import Path
 
 from titans_runtime.errors import OverloadError
 from titans_runtime.model import load
+from titans_runtime.serving.discreet import DiscreetStore
 from titans_runtime.serving.memories import Memories
 from titans_runtime.serving.metrics import Metrics
 from titans_runtime.serving.scheduler import Scheduler
 from titans_runtime.serving.settings import Settings, read_tokens
+from titans_runtime.serving.sweeper import Sweeper, interval_of
 from titans_runtime.store import open_store
 
 
@@ -31,7 +33,7 @@ class Service:
         self.model = load(settings.bundle, threads=settings.threads, backend=settings.backend)
         self.name = Path(settings.bundle).resolve().name
         self.started = int(time.time())
-        self._store = open_store(settings.store)
+        self._store = DiscreetStore(open_store(settings.store))
         self.memories = Memories(
             self.model, self._store, settings.max_memories, settings.hot, settings.expire
         )
@@ -41,6 +43,7 @@ class Service:
         self.is_closing = False
         self._closed = False
         self._lock = threading.Lock()
+        self._sweeper = Sweeper(self._store, interval_of(settings.expire)).start()
 
     def check_open(self) -> None:
         """Refuse what would change something while the server closes.
@@ -67,4 +70,5 @@ class Service:
             print(f"titans: saved {saved} memories", file=sys.stderr)  # noqa: T201 - the server's log
         for problem in problems:
             print(f"titans: not saved: {problem}", file=sys.stderr)  # noqa: T201
+        self._sweeper.close()  # after what must not wait for it
         self._store.close()

@@ -15,6 +15,7 @@ from titans_runtime.serving.scheduler import SLOTS, WAITING
 from titans_runtime.store.protocol import checked_name
 
 _DIGEST = re.compile("[0-9a-f]{64}")
+_HOST = re.compile("[a-z0-9._-]{1,253}")
 ANYONE = "local"
 """Owner of everything where there are no tokens."""
 
@@ -38,6 +39,7 @@ class Settings:
         hot: memories kept in RAM besides.
         expire: seconds after its last save when a memory is gone; 0 for never.
         drain: seconds that requests under way have when the server is stopped.
+        allow_host: names, joined by commas, that a server without tokens goes by besides this machine's own.
     """
 
     bundle: str
@@ -54,6 +56,7 @@ class Settings:
     hot: int = 64
     expire: float = 0.0
     drain: float = 20.0
+    allow_host: str = ""
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -70,6 +73,16 @@ class Settings:
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 <= value < 1e12:
                 raise UsageError(f"{option(name)} is {value!r}; it must be a number, 0 or more")
+        names: Any = self.allow_host  # as a configuration file may have it
+        if not isinstance(names, str) or not all(map(_is_host, self.hosts)):
+            raise UsageError(
+                f"--allow-host is {self.allow_host!r}; give names without scheme and port, joined by commas"
+            )
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """What ``allow_host`` names, in lower case."""
+        return tuple(host.strip().lower() for host in self.allow_host.split(",")) if self.allow_host else ()
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Settings:
@@ -133,6 +146,16 @@ def read_tokens(path: Path) -> dict[str, str]:
 def digest_of(token: str) -> str:
     """What tokens are looked up by: how long that takes says nothing of the token."""
     return hashlib.sha256(token.encode()).hexdigest()
+
+
+def _is_host(name: str) -> bool:
+    """Whether this is a name of a machine, or an address of one."""
+    if ":" not in name:
+        return _HOST.fullmatch(name) is not None
+    try:
+        return ipaddress.ip_address(name).version == 6
+    except ValueError:
+        return False
 
 
 def is_loopback(host: str) -> bool:

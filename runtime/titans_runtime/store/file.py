@@ -9,10 +9,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from titans_runtime.errors import EnvironmentProblem
+from titans_runtime.errors import EnvironmentProblem, StateError
 from titans_runtime.files import make_folder, sync, write_atomically
 from titans_runtime.store.locks import LOCKS, locked
-from titans_runtime.store.protocol import Clock, Entry, Stored, check_expected, checked_name, is_live
+from titans_runtime.store.protocol import (
+    Clock,
+    Entry,
+    Stopped,
+    Stored,
+    check_expected,
+    checked_name,
+    damaged_entry,
+    is_live,
+    is_name,
+    never,
+)
 from titans_runtime.store.put import Puts
 from titans_runtime.store.record import HEAD, pack, unpack, unpack_head
 
@@ -55,28 +66,37 @@ class FileStore(Puts):
     def delete(self, name: str, expected: str | None = None) -> bool:
         """See :class:`MemoryStore`."""
         with locked(self._folder, checked_name(name)):
-            found = self.entry(name)
-            if expected is not None:
+            if expected is None:
+                was_there = is_live(self._marked_entry(self._path(name)), self._clock)
+            else:
+                found = self.entry(name)
                 check_expected(name, found.version if found else None, expected)
+                was_there = True
             self._remove(self._path(name))
-        return found is not None
+        return was_there
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """See :class:`MemoryStore`."""
         for path in self._paths(prefix):
-            entry = self._read_entry(path)
+            entry = self._marked_entry(path)
             if entry is not None and is_live(entry, self._clock):
                 yield entry
 
-    def sweep(self) -> int:
+    def names(self, prefix: str = "") -> Iterator[str]:
+        """See :class:`MemoryStore`."""
+        return (self._name(path) for path in self._paths(prefix))
+
+    def sweep(self, stopped: Stopped = never) -> int:
         """See :class:`MemoryStore`."""
         removed = 0
         for path in self._paths(""):
-            entry = self._read_entry(path)
+            if stopped():
+                break
+            entry = self._marked_entry(path)
             if entry is None or is_live(entry, self._clock):
                 continue
             with locked(self._folder, entry.name):
-                again = self._read_entry(path)  # another put may have come before the lock
+                again = self._marked_entry(path)  # another put may have come before the lock
                 if again is not None and not is_live(again, self._clock):
                     self._remove(path)
                     removed += 1
@@ -97,15 +117,30 @@ class FileStore(Puts):
         return self._folder / f"{checked_name(name)}{_SUFFIX}"
 
     def _paths(self, prefix: str) -> Iterator[Path]:
-        """Files of memories, by name; temporary files begin with a point."""
-        for folder, inner, names in os.walk(self._folder):
+        """Files of memories, by name; temporary files begin with a point.
+
+        Only the folder that the prefix names is walked: one owner's listing costs what that owner has.
+        """
+        parent = prefix.rpartition("/")[0]
+        for folder, inner, names in os.walk(self._folder / (checked_name(parent) if parent else "")):
             inner[:] = [one for one in inner if not one.startswith(".")]
             for file in names:
                 path = Path(folder, file)
                 if file.startswith(".") or path.suffix != _SUFFIX:
                     continue
-                if path.relative_to(self._folder).as_posix().startswith(prefix):
+                name = self._name(path)
+                if name.startswith(prefix) and is_name(name):
                     yield path
+
+    def _name(self, path: Path) -> str:
+        """A file that was copied or renamed goes by its place."""
+        return path.relative_to(self._folder).as_posix().removesuffix(_SUFFIX)
+
+    def _marked_entry(self, path: Path) -> Entry | None:
+        try:
+            return self._read_entry(path)
+        except StateError:
+            return damaged_entry(self._name(path))
 
     def _read_entry(self, path: Path) -> Entry | None:
         try:
@@ -115,9 +150,7 @@ class FileStore(Puts):
             return None
         except OSError as error:
             raise EnvironmentProblem(f"{path}: cannot be read ({error.strerror})") from None
-        entry = unpack_head(head, str(path))[0]
-        own = path.relative_to(self._folder).as_posix().removesuffix(_SUFFIX)
-        return replace(entry, name=own)  # a file that was copied or renamed goes by its place
+        return replace(unpack_head(head, str(path))[0], name=self._name(path))
 
     @staticmethod
     def _remove(path: Path) -> None:

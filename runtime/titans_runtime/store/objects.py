@@ -3,8 +3,8 @@
 Such stores do not compare before they set, in general; but they can refuse to create what exists. So a
 memory is a folder of numbered objects, the highest of which is the memory, and a put creates the next
 number. Of two puts on one version one creates it, and the other is refused. Numbers never return: a deleted
-memory ends in an empty object, its tombstone, which is removed a day later, when no put can still be
-under way.
+memory ends in an empty object, its tombstone, which a sweep removes a day later. A put that follows an
+object finds it still there once its own has been created; otherwise it was too late, and takes it back.
 """
 
 from __future__ import annotations
@@ -18,17 +18,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from titans_runtime.errors import ConflictError, EnvironmentProblem, TitansError
+from titans_runtime.errors import ConflictError, EnvironmentProblem, StateError, TitansError
 from titans_runtime.files import make_folder
 from titans_runtime.optional import optional_import
 from titans_runtime.store.locks import LOCKS, locked
 from titans_runtime.store.protocol import (
     Clock,
     Entry,
+    Stopped,
     Stored,
     check_expected,
     checked_name,
+    damaged_entry,
     is_live,
+    is_name,
+    never,
     new_version,
 )
 from titans_runtime.store.put import Puts
@@ -42,10 +46,17 @@ _TRIES: Final = 20
 
 @dataclass(frozen=True)
 class _Current:
-    """The highest object of a memory."""
+    """The highest object of a memory.
+
+    Attributes:
+        number: of the object.
+        entry: in it; a marked one where it is damaged.
+        problem: what is wrong with it then.
+    """
 
     number: int
     entry: Entry
+    problem: StateError | None = None
 
     @property
     def is_tombstone(self) -> bool:
@@ -91,67 +102,86 @@ class ObjectStore(Puts):
             with self._reached(), contextlib.suppress(FileNotFoundError):  # replaced meanwhile: look again
                 path = _object(folder, number)
                 entry, content = unpack(self._fs.cat_file(path), path)
-                return self._live(_Current(number, entry), content)
+                return Stored(entry, content) if self._entry(_Current(number, entry)) else None
         raise ConflictError(f"memory {name}: changes faster than it can be read; try again")
 
     def entry(self, name: str) -> Entry | None:
         """See :class:`MemoryStore`."""
-        current = self._current(self._folder(name))
-        found = self._live(current, b"") if current else None
-        return found.entry if found else None
+        return self._entry(_whole(self._current(name)))
 
     def delete(self, name: str, expected: str | None = None) -> bool:
         """See :class:`MemoryStore`."""
         for _ in range(_TRIES):
-            found = self.entry(name)
-            if expected is not None:
-                check_expected(name, found.version if found else None, expected)
-            if found is None:
-                return False
-            tombstone = Entry(name, f"{_TOMBSTONE}-{new_version()}", 0, None, {"at": self._clock()})
-            try:
-                self._replace(tombstone, b"", found.version)
-            except ConflictError:  # a put came first: it is what is to be deleted
-                continue
-            return True
+            with self._alone(name):
+                current = self._current(name)
+                if expected is not None:
+                    entry = self._entry(_whole(current))
+                    check_expected(name, entry.version if entry else None, expected)
+                if current is None or self._entry(current) is None:
+                    return False
+                with contextlib.suppress(ConflictError):  # a put came first: it is what is to be deleted
+                    self._bury(name, current)
+                    return True
         raise ConflictError(f"memory {name}: changes faster than it can be deleted; try again")
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """See :class:`MemoryStore`."""
-        for name in self._names():
-            if name.startswith(prefix):
-                entry = self.entry(name)
-                if entry is not None:
-                    yield entry
+        for name in self.names(prefix):
+            entry = self._entry(self._current(name))
+            if entry is not None:
+                yield entry
 
-    def sweep(self) -> int:
+    def names(self, prefix: str = "") -> Iterator[str]:
+        """See :class:`MemoryStore`. Only what lies below the folder that the prefix names is asked for."""
+        parent = prefix.rpartition("/")[0]
+        with self._reached():
+            try:
+                below = f"{self._root}/{checked_name(parent)}" if parent else self._root
+                found = self._fs.find(below, detail=False)
+            except FileNotFoundError:
+                found = []
+        folders = {path.rsplit("/", 1)[0] for path in found}
+        for folder in sorted(one for one in folders if one.endswith(_SUFFIX)):
+            name = folder[len(self._root) + 1 :].removesuffix(_SUFFIX)
+            if name.startswith(prefix) and is_name(name):
+                yield name
+
+    def sweep(self, stopped: Stopped = never) -> int:
         """See :class:`MemoryStore`."""
         removed = 0
-        for name in self._names():
-            folder = self._folder(name)
-            current = self._current(folder)
-            if current is None:
-                continue
-            if current.is_tombstone:
-                if self._clock() - float(current.entry.about.get("at", 0)) > _GRACE:
-                    self._remove(folder, [current.number])
-            elif not is_live(current.entry, self._clock):
-                tombstone = Entry(name, f"{_TOMBSTONE}-{new_version()}", 0, None, {"at": self._clock()})
-                with contextlib.suppress(ConflictError), self._alone(name):
-                    self._create_next(folder, current.number, tombstone, b"")
-                    removed += 1
+        for name in self.names():
+            if stopped():
+                break
+            with contextlib.suppress(ConflictError), self._alone(name):  # a put came first: it lives
+                removed += self._sweep_one(name)
         return removed
+
+    def _sweep_one(self, name: str) -> bool:
+        """Bury a memory that has expired, or remove an old tombstone; whether it was a memory."""
+        current = self._current(name)
+        if current is None or self._entry(current) is not None:
+            return False
+        if not current.is_tombstone:
+            self._bury(name, current)
+            return True
+        if self._clock() - float(current.entry.about.get("at", 0)) > _GRACE:
+            self._remove(self._folder(name), [current.number])
+        return False
 
     def close(self) -> None:
         """See :class:`MemoryStore`."""
 
     def _replace(self, entry: Entry, content: bytes, expected: str | None) -> None:
-        folder = self._folder(entry.name)
         with self._alone(entry.name):
-            current = self._current(folder)
-            found = self._live(current, b"") if current else None
-            check_expected(entry.name, found.entry.version if found else None, expected)
-            self._create_next(folder, current.number if current else 0, entry, content)
+            current = _whole(self._current(entry.name))
+            found = self._entry(current)
+            check_expected(entry.name, found.version if found else None, expected)
+            self._create_next(current.number if current else 0, entry, content)
+
+    def _bury(self, name: str, current: _Current) -> None:
+        """Let a memory end in a tombstone, if nothing has come after what it is now."""
+        tombstone = Entry(name, f"{_TOMBSTONE}-{new_version()}", 0, None, {"at": self._clock()})
+        self._create_next(current.number, tombstone, b"")
 
     @contextlib.contextmanager
     def _alone(self, name: str) -> Iterator[None]:
@@ -166,9 +196,10 @@ class ObjectStore(Puts):
         with locked(Path(self._root), name):
             yield
 
-    def _create_next(self, folder: str, number: int, entry: Entry, content: bytes) -> None:
+    def _create_next(self, number: int, entry: Entry, content: bytes) -> None:
         """Be the one that creates the object after ``number``, then remove those before it."""
         late = f"memory {entry.name}: was changed by someone else since it was read; read it again"
+        folder = self._folder(entry.name)
         path = _object(folder, number + 1)
         with self._reached():
             try:
@@ -176,36 +207,33 @@ class ObjectStore(Puts):
             except FileExistsError:
                 raise ConflictError(late) from None
         numbers = self._numbers(folder)
-        if max(numbers, default=0) > number + 1:
-            # Others have gone on, and have removed the object of this number before this one came.
+        if max(numbers, default=0) > number + 1 or (number and number not in numbers):
+            # Others have gone on, and have removed the object of this number before this one came. Or a sweep
+            # has removed the tombstone that this one follows, and another put may have begun again with 1.
             self._remove(folder, [number + 1])
             raise ConflictError(late)
         self._remove(folder, [old for old in numbers if old <= number])
 
-    def _current(self, folder: str) -> _Current | None:
+    def _current(self, name: str) -> _Current | None:
+        folder = self._folder(name)
         for _ in range(_TRIES):
             number = max(self._numbers(folder), default=0)
             if not number:
                 return None
             path = _object(folder, number)
             with self._reached(), contextlib.suppress(FileNotFoundError):
-                return _Current(number, unpack_head(self._fs.cat_file(path, start=0, end=HEAD), path)[0])
+                head = self._fs.cat_file(path, start=0, end=HEAD)
+                try:
+                    return _Current(number, unpack_head(head, path)[0])
+                except StateError as problem:
+                    return _Current(number, damaged_entry(name), problem)
         raise ConflictError(f"{folder}: changes faster than it can be read; try again")
 
-    def _live(self, current: _Current, content: bytes) -> Stored | None:
-        if current.is_tombstone or not is_live(current.entry, self._clock):
+    def _entry(self, current: _Current | None) -> Entry | None:
+        """The entry, unless it has expired or is a tombstone's."""
+        if current is None or current.is_tombstone or not is_live(current.entry, self._clock):
             return None
-        return Stored(current.entry, content)
-
-    def _names(self) -> Iterator[str]:
-        with self._reached():
-            try:
-                found = self._fs.find(self._root, detail=False)
-            except FileNotFoundError:
-                found = []
-        folders = {path.rsplit("/", 1)[0] for path in found}
-        for folder in sorted(one for one in folders if one.endswith(_SUFFIX)):
-            yield folder[len(self._root) + 1 :].removesuffix(_SUFFIX)
+        return current.entry
 
     def _numbers(self, folder: str) -> Sequence[int]:
         found = self._listed(folder)
@@ -284,6 +312,17 @@ class ObjectStore(Puts):
             raise
         except Exception as error:  # noqa: BLE001 - every file system raises its own
             raise EnvironmentProblem(f"{self._url}: {type(error).__name__}: {error}") from None
+
+
+def _whole(current: _Current | None) -> _Current | None:
+    """The same.
+
+    Raises:
+        StateError: it is damaged.
+    """
+    if current is not None and current.problem is not None:
+        raise current.problem
+    return current
 
 
 def _object(folder: str, number: int) -> str:

@@ -14,10 +14,18 @@ from titans_runtime.errors import ConflictError, UsageError
 Clock = Callable[[], float]
 """Seconds since 1970, as :func:`time.time` counts them."""
 
+Stopped = Callable[[], bool]
+"""Whether a long work is to end early."""
+
 MAX_ABOUT: Final = 4096
 """Bytes of JSON that an entry may say of itself: listings read that of every memory."""
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}(/[A-Za-z0-9_-]{1,64}){0,3}")
+
+
+def never() -> bool:
+    """Let a long work come to its end."""
+    return False
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,7 @@ class Entry:
         size: of the content, in bytes.
         expires: seconds since 1970 at which the memory is gone, or None.
         about: whatever was said of it when it was put: plain JSON.
+        damaged: whether it cannot be read; only its name is known then. Listings have such entries.
     """
 
     name: str
@@ -37,6 +46,7 @@ class Entry:
     size: int
     expires: float | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
+    damaged: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,7 +96,7 @@ class MemoryStore(Protocol):
         """
 
     def delete(self, name: str, expected: str | None = None) -> bool:
-        """Remove a memory; whether there was one.
+        """Remove a memory; whether there was one. Without ``expected`` a damaged one, too.
 
         Args:
             name: of the memory.
@@ -97,10 +107,17 @@ class MemoryStore(Protocol):
         """
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
-        """Every memory whose name begins with ``prefix``, in no particular order."""
+        """Every memory whose name begins with ``prefix``, in no particular order; damaged ones are marked."""
 
-    def sweep(self) -> int:
-        """Remove what has expired; how many memories that were."""
+    def names(self, prefix: str = "") -> Iterator[str]:
+        """The names alone, for less: no entry is read. What has expired or was deleted may be among them."""
+
+    def sweep(self, stopped: Stopped = never) -> int:
+        """Remove what has expired; how many memories that were. What is damaged stays.
+
+        Args:
+            stopped: asked before each memory; the sweep ends where it is true.
+        """
 
     def close(self) -> None:
         """Let go of connections."""
@@ -112,16 +129,26 @@ def checked_name(name: str) -> str:
     Raises:
         UsageError: it holds anything but letters, digits, ``_`` and ``-``, or is too long.
     """
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         raise UsageError(
             f"memory name {name!r}: give letters, digits, - or _, 64 at most; up to 4 such parts joined by /"
         )
     return name
 
 
+def is_name(name: str) -> bool:
+    """Whether this can be a memory's name: what lies in a store beside memories is none."""
+    return _NAME.fullmatch(name) is not None
+
+
 def new_version() -> str:
     """A version that no put has had before."""
     return secrets.token_hex(16)
+
+
+def damaged_entry(name: str) -> Entry:
+    """What a listing says of a memory that cannot be read."""
+    return Entry(name, "", 0, damaged=True)
 
 
 def is_live(entry: Entry | None, clock: Clock = time.time) -> bool:

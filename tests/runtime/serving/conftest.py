@@ -40,7 +40,7 @@ def service(settings: Settings, model: tr.Model, monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture
 def client(service: Service, settings: Settings) -> Iterator[TestClient]:
-    with TestClient(create_app(settings, service)) as client:
+    with TestClient(create_app(settings, service), base_url="http://127.0.0.1:8000") as client:
         yield client
 
 

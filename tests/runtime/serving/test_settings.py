@@ -23,7 +23,12 @@ TOKEN = "a-token-of-some-length"
         ({"hot": 0.5}, "--hot is 0.5; it must be an integer, 0 or more"),
         ({"drain": float("nan")}, "--drain is nan; it must be a number, 0 or more"),
         ({"expire": "1"}, "--expire is '1'; it must be a number, 0 or more"),
-        ({"slot": 1}, "setting 'slot' is unknown; known: backend, bundle, "),
+        ({"allow_host": "http://a"}, "--allow-host is 'http://a'; give names without scheme and port"),
+        ({"allow_host": "a:80"}, "--allow-host is 'a:80'; give names"),
+        ({"allow_host": "a,,b"}, "--allow-host is 'a,,b'; give names"),
+        ({"allow_host": "*"}, "--allow-host is '*'; give names"),
+        ({"allow_host": ["a"]}, "--allow-host is ['a']; give names"),
+        ({"slot": 1}, "setting 'slot' is unknown; known: allow_host, backend, "),
     ],
 )
 def test_what_no_server_can_be_told(given: dict[str, Any], message: str) -> None:
@@ -41,6 +46,11 @@ def test_settings_survive_plain_json() -> None:
     told = {"bundle": "b", "store": "redis://host/0", "hot": 0, "drain": 0.5}
     settings = Settings.from_dict(told)
     assert {name: getattr(settings, name) for name in told} == told
+
+
+def test_names_that_are_allowed() -> None:
+    assert Settings("b").hosts == ()
+    assert Settings("b", allow_host="Titans.example, 2001:DB8::1").hosts == ("titans.example", "2001:db8::1")
 
 
 def test_tokens_are_known_by_their_digests(tmp_path: Path) -> None:

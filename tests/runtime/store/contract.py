@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from titans_runtime.errors import ConflictError, UsageError
+from titans_runtime.errors import ConflictError, StateError, UsageError
 from titans_runtime.store import MemoryStore, Stored
 
 PAST, FUTURE = 1.0, 4_000_000_000.0
@@ -28,6 +29,10 @@ _steps = st.lists(
 
 class StoreContract:
     """Derive, and give a fixture ``store``; ``again`` opens the same one a second time."""
+
+    def damage(self, store: Any, name: str) -> None:  # noqa: ANN401 - each store's own
+        """Overwrite the beginning of a memory."""
+        raise NotImplementedError
 
     def test_what_is_put_is_got(self, store: MemoryStore) -> None:
         entry = store.put("user/seven", b"content", expected=None, about={"position": 7})
@@ -115,6 +120,45 @@ class StoreContract:
         store.sweep()
         assert store.sweep() == 0
         assert [entry.name for entry in store.list()] == ["kept"]
+
+    def test_a_sweep_ends_when_it_is_told_to(self, store: MemoryStore) -> None:
+        store.put("gone/a", b"1", expected=None, expires=PAST)
+        assert store.sweep(lambda: True) == 0
+
+    def test_names_are_those_of_the_entries(self, store: MemoryStore) -> None:
+        for name in ("anna/one", "anna/deep/two", "annabel/one", "bob"):
+            store.put(name, b"x", expected=None)
+        assert sorted(store.names("anna/")) == ["anna/deep/two", "anna/one"]
+        assert list(store.names("anna/o")) == ["anna/one"]
+        assert list(store.names("nobody/")) == []
+        assert sorted(store.names()) == ["anna/deep/two", "anna/one", "annabel/one", "bob"]
+        store.delete("anna/one")
+        store.put("anna/gone", b"x", expected=None, expires=PAST)
+        store.sweep()
+        assert [entry.name for entry in store.list("anna/")] == ["anna/deep/two"]
+
+    def test_what_is_damaged_is_marked_and_can_be_deleted(self, store: MemoryStore) -> None:
+        for name in ("anna/bad", "anna/good"):
+            version = store.put(name, b"x", expected=None).version
+        self.damage(store, "anna/bad")
+        for call in (
+            lambda: store.get("anna/bad"),
+            lambda: store.entry("anna/bad"),
+            lambda: store.put("anna/bad", b"y", expected=None),
+            lambda: store.put("anna/bad", b"y", expected=version),
+            lambda: store.delete("anna/bad", expected=version),
+        ):
+            with pytest.raises(StateError, match="restore it from a copy"):
+                call()
+        assert store.sweep() == 0
+        assert {entry.name: entry.damaged for entry in store.list("anna/")} == {
+            "anna/bad": True,
+            "anna/good": False,
+        }
+        assert store.delete("anna/bad") is True
+        assert store.delete("anna/bad") is False
+        assert [entry.name for entry in store.list()] == ["anna/good"]
+        store.put("anna/bad", b"new", expected=None)
 
     @pytest.mark.parametrize(
         "name", ["", "/", "a/", "/a", "a//b", "..", "a/../b", "a.b", "ä", "a\n", "a" * 65, "a/b/c/d/e", "a*"]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.crashes import killed_at_every_step
 from tests.runtime.store.contract import StoreContract
-from titans_runtime.errors import EnvironmentProblem, StateError
+from titans_runtime.errors import EnvironmentProblem, StateError, UsageError
 from titans_runtime.store import open_store
 from titans_runtime.store.file import FileStore
 
@@ -22,6 +24,41 @@ class TestFileStore(StoreContract):
     @pytest.fixture
     def again(self, tmp_path: Path) -> FileStore:
         return FileStore(tmp_path / "memories")
+
+    def damage(self, store: FileStore, name: str) -> None:
+        path = store._path(name)
+        path.write_bytes(b"x" + path.read_bytes()[1:])
+
+
+def test_one_owners_listing_walks_that_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = FileStore(tmp_path)
+    for name in ("anna/one", "bob/one", "bob/two"):
+        store.put(name, b"x", expected=None)
+    seen: list[str] = []
+    walk = os.walk
+
+    def noted(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+        for found in walk(folder):
+            seen.append(found[0])
+            yield found
+
+    monkeypatch.setattr("titans_runtime.store.file.os.walk", noted)
+    assert [entry.name for entry in store.list("anna/")] == ["anna/one"]
+    assert seen == [str(tmp_path / "anna")]
+
+
+def test_a_listing_stays_in_the_store(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "memories")
+    FileStore(tmp_path / "others").put("a", b"x", expected=None)
+    with pytest.raises(UsageError, match="memory name"):
+        list(store.names("../others/"))
+
+
+def test_what_lies_beside_memories_is_none(tmp_path: Path) -> None:
+    store = FileStore(tmp_path)
+    (tmp_path / "a copy of it.memory").write_bytes(b"")
+    assert list(store.list()) == list(store.names()) == []
+    assert store.sweep() == 0
 
 
 def test_time_passes(tmp_path: Path) -> None:

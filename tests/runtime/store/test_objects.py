@@ -13,7 +13,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from tests.runtime.store.contract import StoreContract
 from titans_runtime.errors import ConflictError, EnvironmentProblem
 from titans_runtime.store import open_store
-from titans_runtime.store.objects import ObjectStore
+from titans_runtime.store.objects import ObjectStore, _object
 
 
 class TestInMemory(StoreContract):
@@ -28,6 +28,13 @@ class TestInMemory(StoreContract):
     @pytest.fixture
     def again(self, url: str) -> ObjectStore:
         return ObjectStore(url)
+
+    def damage(self, store: ObjectStore, name: str) -> None:
+        (number,) = store._numbers(store._folder(name))
+        path = _object(store._folder(name), number)
+        content = store._fs.cat_file(path)
+        store._fs.rm_file(path)
+        store._fs.pipe_file(path, b"x" + content[1:])
 
 
 class TestInAFolder(TestInMemory):
@@ -62,6 +69,45 @@ def test_tombstones_stay_for_a_day() -> None:
     now[0] += 100_000
     store.sweep()
     assert MemoryFileSystem().find(url) == []
+
+
+def test_a_put_that_follows_a_tombstone_which_a_sweep_has_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one begins anew meanwhile: what that put is not removed by the one that slept."""
+    now = [1000.0]
+    url = f"memory://{uuid.uuid4()}"
+    slow, quick = (ObjectStore(url, clock=lambda: now[0]) for _ in range(2))
+    slow.put("a", b"1", expected=None)
+    slow.delete("a")
+    now[0] += 100_000
+    create = slow._create
+
+    def late(path: str, content: bytes) -> None:
+        quick.sweep()
+        quick.put("a", b"2", expected=None)
+        create(path, content)
+
+    monkeypatch.setattr(slow, "_create", late)
+    with pytest.raises(ConflictError):
+        slow.put("a", b"mine", expected=None)
+    found = quick.get("a")
+    assert found is not None
+    assert found.content == b"2"
+
+
+def test_one_owners_listing_asks_for_that_owner(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ObjectStore(f"memory://{uuid.uuid4()}")
+    for name in ("anna/one", "bob/one"):
+        store.put(name, b"x", expected=None)
+    seen: list[str] = []
+    find = store._fs.find
+
+    def noted(path: str, **options: Any) -> Any:  # noqa: ANN401 - fsspec's
+        seen.append(path)
+        return find(path, **options)
+
+    monkeypatch.setattr(store._fs, "find", noted)
+    assert [entry.name for entry in store.list("anna/")] == ["anna/one"]
+    assert seen == [f"{store._root}/anna"]
 
 
 def test_old_versions_are_removed() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runtime.store.contract import StoreContract
+from tests.runtime.store.contract import PAST, StoreContract
 from titans_runtime.errors import EnvironmentProblem
 from titans_runtime.store import open_store
 from titans_runtime.store.redis import RedisStore
@@ -66,6 +66,46 @@ class TestRedisStore(StoreContract):
         store = RedisStore(server)
         yield store
         store.close()
+
+    def damage(self, store: RedisStore, name: str) -> None:
+        store._client.hset(store._key(name), "header", b"{")
+
+    def test_one_owners_listing_does_not_look_at_all_keys(
+        self, store: RedisStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("anna/one", "bob/one"):
+            store.put(name, b"x", expected=None)
+        monkeypatch.setattr(type(store._client), "scan_iter", None)
+        assert [entry.name for entry in store.list("anna/")] == ["anna/one"]
+
+    def test_what_was_put_before_there_were_sets_is_listed(self, store: RedisStore, server: str) -> None:
+        store.put("anna/one", b"x", expected=None)
+        store._client.delete("titans:index:anna", "titans:indexed")
+        again = RedisStore(server)
+        assert [entry.name for entry in again.list("anna/")] == ["anna/one"]
+        again.close()
+
+    def test_the_name_of_what_has_expired_goes(self, store: RedisStore) -> None:
+        store.put("anna/gone", b"x", expected=None, expires=PAST)
+        store.put("anna/kept", b"x", expected=None)
+        assert sorted(store.names("anna/")) == ["anna/gone", "anna/kept"]
+        assert store.sweep() == 1
+        assert list(store.names("anna/")) == ["anna/kept"]
+
+    def test_a_name_stays_whose_memory_comes_back_meanwhile(
+        self, store: RedisStore, again: RedisStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store.put("anna/one", b"x", expected=None, expires=PAST)
+        exists = store._client.exists
+
+        def late(key: str) -> int:
+            found = exists(key)
+            again.put("anna/one", b"y", expected=None)
+            return int(found)
+
+        monkeypatch.setattr(store._client, "exists", late)
+        assert store.sweep() == 0
+        assert list(store.names("anna/")) == ["anna/one"]
 
 
 def test_no_server_is_one_line(port: int) -> None:

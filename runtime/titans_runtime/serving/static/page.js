@@ -5,7 +5,7 @@ const POINTS = 400;   // of a curve
 const UNIFORM = 8;    // bits of the first byte that a memory sees
 
 const at = (id) => document.getElementById(id);
-let token = "", state = null, aborter = null;
+let token = "", state = null, damaged = [], aborter = null;
 
 // --- the server
 
@@ -173,9 +173,10 @@ async function write() {
 function show(memory) {
   state = memory;
   const badge = at("state");
-  badge.textContent = `${memory.position.toLocaleString("en")} bytes read · ${memory.saved ? "saved" : "not saved"}`;
+  badge.textContent = memory.damaged ? "damaged in the store; it can only be deleted"
+    : `${memory.position.toLocaleString("en")} bytes read · ${memory.saved ? "saved" : "not saved"}`;
   badge.classList.toggle("unsaved", !memory.saved);
-  at("save").disabled = memory.saved;
+  at("save").disabled = memory.saved || memory.damaged;
   at("memory").value = memory.id;
   localStorage.setItem("memory", memory.id);
 }
@@ -184,7 +185,8 @@ async function list(wanted) {
   let { data } = await json("GET", "v1/memories");
   if (!data.length) data = [await json("POST", "v1/memories", {})];
   at("memory").replaceChildren(...data.map((one) => new Option(one.id, one.id)));
-  show(data.find((one) => one.id === wanted) || data[0]);
+  damaged = data.filter((one) => one.damaged);
+  show(data.find((one) => one.id === wanted) || data.find((one) => !one.damaged) || data[0]);
 }
 
 const button = (id, doing) => at(id).addEventListener("click", () => work("", doing));
@@ -209,7 +211,11 @@ async function remove() {
   await list();
   return "Deleted.";
 }
-async function choose() { show(await json("GET", `v1/memories/${at("memory").value}`)); return ""; }
+async function choose() {
+  const wanted = at("memory").value;
+  show(damaged.find((one) => one.id === wanted) || await json("GET", `v1/memories/${wanted}`));
+  return "";
+}
 async function take(event) {
   event.preventDefault();
   const content = await (await ask("GET", `v1/memories/${state.id}/export`)).blob();
@@ -243,7 +249,7 @@ async function work(text, doing) {
     aborter = null;
     at("stop").hidden = true;
     buttons.forEach((one) => { one.disabled = false; });
-    if (state) at("save").disabled = state.saved;
+    if (state) at("save").disabled = state.saved || state.damaged;
   }
 }
 
