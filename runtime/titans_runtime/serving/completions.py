@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -15,6 +14,7 @@ from starlette.exceptions import HTTPException
 
 from titans_runtime.errors import ConflictError, OverloadError, UsageError
 from titans_runtime.serving.completion import REASONS, Writer, new_session, prompts_of, request_of
+from titans_runtime.serving.inbox import Inbox
 from titans_runtime.serving.memories import Description
 from titans_runtime.serving.request import Event, Finished, Piece, Stream
 from titans_runtime.serving.schema import Choice, Completion, CompletionRequest, Logprobs, Memory, Usage
@@ -35,7 +35,7 @@ class Running:
         self._sessions: list[Session] = []
         self._streams: list[Stream] = []
         self._writers: list[Writer] = []
-        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._inbox = Inbox()
         self._ends: dict[int, Finished] = {}
         self._began = time.perf_counter()
         self._drew = False
@@ -62,17 +62,11 @@ class Running:
             self._sessions = [await run_in_threadpool(service.memories.session, self._key)]
         limit = service.settings.max_seconds
         seconds = min(asked.timeout or limit, limit)
-        loop = asyncio.get_running_loop()
         for row, (session, prompt) in enumerate(zip(self._sessions, prompts, strict=True)):
             deadline = service.scheduler.clock() + seconds
             request = request_of(asked, session, prompt, self._owner, deadline)
             self._writers.append(Writer(asked, is_new=session.position == 0))
-
-            def deliver(event: Event, row: int = row) -> None:
-                with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody listens
-                    loop.call_soon_threadsafe(self._events.put_nowait, (row, event))
-
-            self._streams.append(service.scheduler.submit(request, deliver))
+            self._streams.append(service.scheduler.submit(request, self._inbox.of(row)))
 
     async def end(self) -> None:
         """Let go of everything, also where the caller's task is cancelled meanwhile.
@@ -88,7 +82,7 @@ class Running:
         for stream in self._streams:
             stream.cancel()
         while len(self._ends) < len(self._streams):
-            row, event = await self._events.get()
+            row, event = await self._inbox.get()
             if isinstance(event, Finished):
                 self._ends[row] = event
         if self._commit is not None:  # a caller that has gone does not stop the thread that saves
@@ -96,6 +90,8 @@ class Running:
         if self._key is not None:
             self._service.memories.release(self._key)
             self._key = None
+        # An error that was raised has frames that hold this object: the sessions are not to wait for it.
+        self._streams, self._sessions, self._writers = [], [], []
         self._service.metrics.completion.observe(time.perf_counter() - self._began)
 
     async def parts(self) -> AsyncIterator[list[tuple[int, str, Logprobs | None, str | None]]]:
@@ -105,9 +101,7 @@ class Running:
             TitansError: a stream failed, or ended before its prompt was read.
         """
         while len(self._ends) < len(self._streams):
-            found = [await self._events.get()]
-            while not self._events.empty():
-                found.append(self._events.get_nowait())
+            found = await self._inbox.all()
             yield [
                 self._part(row, [e for r, e in found if r == row])
                 for row in dict.fromkeys(r for r, _ in found)

@@ -342,7 +342,7 @@ class Scheduler:
             if isinstance(error, TitansError)
             else EnvironmentProblem(f"{type(error).__name__}: {error}")
         )
-        self._finish(run, "failed", known)
+        self._finish(run, "failed", _without_frames(known))
 
     def _finish(self, run: _Run, reason: str, error: TitansError | None = None) -> None:
         self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
@@ -359,6 +359,12 @@ class Scheduler:
             left.append(run)
         for run in left:
             self._finish(run, "closed")
+
+
+def _without_frames(error: TitansError) -> TitansError:
+    """An error that is kept: its frames would hold the session for as long."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 _NOTHING: Final = np.empty(0, np.int64)
