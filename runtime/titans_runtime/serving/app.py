@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +29,8 @@ from titans_runtime.serving.settings import Settings
 _STATIC: Final = Path(__file__).parent / "static"
 _FILES: Final = {"": "index.html", "page.js": "page.js", "page.css": "page.css"}
 _POLICY: Final = "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'"
+
+_GONE: Final = Response(status_code=499)
 
 Id = Annotated[str, InPath(pattern=schema.ID)]
 
@@ -159,27 +161,30 @@ async def completions(asked: schema.CompletionRequest, request: Request, service
     """
     running = Running(service, asked, owner)
     try:
-        await running.begin()
+        if await _unless_gone(running.begin(), request) is _GONE:
+            await running.end()
+            return _GONE
         if asked.stream:
             return EventStream(running, bool(asked.stream_options and asked.stream_options.include_usage))
-        return await _unless_gone(running, request)
+        answer = await _unless_gone(whole(running), request)
     except BaseException:
         await running.end()
         raise
+    await running.end()
+    return answer
 
 
-async def _unless_gone(running: Running, request: Request) -> Any:  # noqa: ANN401
-    work = asyncio.ensure_future(whole(running))
+async def _unless_gone(work: Coroutine[Any, Any, Any], request: Request) -> Any:  # noqa: ANN401
+    """What some work gives; if the caller hangs up before, it is cancelled, and the answer is for nobody."""
+    task = asyncio.ensure_future(work)
     hangup = asyncio.ensure_future(gone(request.receive))
     try:
-        await asyncio.wait({work, hangup}, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            return Response(status_code=499)  # nobody reads it
-        return work.result()
+        await asyncio.wait({task, hangup}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else _GONE
     finally:
-        work.cancel()
+        task.cancel()
         hangup.cancel()
-        await running.end()
+        await asyncio.wait({task})
 
 
 class EventStream(StreamingResponse):

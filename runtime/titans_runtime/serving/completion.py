@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -84,15 +85,15 @@ def stops_of(asked: CompletionRequest) -> tuple[tuple[int, ...], ...]:
 
 
 def request_of(
-    asked: CompletionRequest, session: Session, prompt: Tokens, owner: str, deadline: float
+    asked: CompletionRequest, make: Callable[[], Session], prompt: Tokens, owner: str, deadline: float
 ) -> Request:
-    """What the scheduler is asked.
+    """What the scheduler is asked; ``make``: opens the session.
 
     Raises:
-        UsageError: there is nothing to begin with, or a value is out of range.
+        UsageError: a value is out of range.
     """
     return Request(
-        session,
+        make,
         prompt,
         asked.max_tokens,
         Sampling(asked.temperature, asked.top_k, asked.top_p),

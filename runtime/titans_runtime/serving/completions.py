@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -16,10 +17,11 @@ from titans_runtime.errors import ConflictError, OverloadError, UsageError
 from titans_runtime.serving.completion import REASONS, Writer, new_session, prompts_of, request_of
 from titans_runtime.serving.inbox import Inbox
 from titans_runtime.serving.memories import Description
-from titans_runtime.serving.request import Event, Finished, Piece, Stream
+from titans_runtime.serving.request import Finished, Opened, Piece, Stream
 from titans_runtime.serving.schema import Choice, Completion, CompletionRequest, Logprobs, Memory, Usage
 from titans_runtime.serving.service import Service
 from titans_runtime.session import Session
+from titans_runtime.tokens import Tokens
 
 _KEPT = ("length", "stop")
 """Ends after which a memory is kept as it stands; after others, if the prompt was read to its end."""
@@ -32,9 +34,9 @@ class Running:
         """Then :meth:`begin`, and whatever happens :meth:`end`."""
         self._service, self._asked, self._owner = service, asked, owner
         self._key: str | None = None
-        self._sessions: list[Session] = []
+        self._sessions: dict[int, Session] = {}
         self._streams: list[Stream] = []
-        self._writers: list[Writer] = []
+        self._writers: dict[int, Writer] = {}
         self._inbox = Inbox()
         self._ends: dict[int, Finished] = {}
         self._began = time.perf_counter()
@@ -43,9 +45,22 @@ class Running:
         self.id, self.created = f"cmpl-{secrets.token_hex(12)}", int(time.time())
 
     async def begin(self) -> None:
-        """Check everything, take the memory, queue the streams."""
+        """Check everything, take the memory, queue the streams; return when the first of them begins.
+
+        Sessions are opened by the scheduler, when there is a slot: what waits costs next to nothing.
+
+        Raises:
+            TitansError: the request cannot be meant, is refused, or could not begin.
+        """
+        self._service.check_open()
+        prompts = self._checked()
+        self._queue(prompts)
+        await self._note()
+        for row, end in self._ends.items():
+            self._check(row, end)
+
+    def _checked(self) -> list[Tokens]:
         asked, service = self._asked, self._service
-        service.check_open()
         if asked.model is not None and asked.model not in (service.name, service.model.manifest.identity):
             raise HTTPException(404, f"model: {asked.model!r} is not served here; this is {service.name!r}")
         if asked.max_tokens > service.settings.max_tokens:
@@ -55,17 +70,20 @@ class Running:
         if asked.memory is not None and asked.editing is not None:
             raise UsageError("editing: a memory has its own, which it was created with; leave it out")
         prompts = prompts_of(asked, service.model)
-        if asked.memory is None:
-            self._sessions = [new_session(service.model, asked.editing) for _ in prompts]
-        else:
+        if asked.memory is None and not all(len(prompt) for prompt in prompts):
+            raise UsageError("the session has seen no token yet; give a prompt")
+        return prompts
+
+    def _queue(self, prompts: list[Tokens]) -> None:
+        asked, service = self._asked, self._service
+        make: Callable[[], Session] = partial(new_session, service.model, asked.editing)
+        if asked.memory is not None:
             self._key = service.memories.take(self._owner, asked.memory)
-            self._sessions = [await run_in_threadpool(service.memories.session, self._key)]
+            make = partial(service.memories.session, self._key)
         limit = service.settings.max_seconds
-        seconds = min(asked.timeout or limit, limit)
-        for row, (session, prompt) in enumerate(zip(self._sessions, prompts, strict=True)):
-            deadline = service.scheduler.clock() + seconds
-            request = request_of(asked, session, prompt, self._owner, deadline)
-            self._writers.append(Writer(asked, is_new=session.position == 0))
+        deadline = service.scheduler.clock() + min(asked.timeout or limit, limit)
+        for row, prompt in enumerate(prompts):
+            request = request_of(asked, make, prompt, self._owner, deadline)
             self._streams.append(service.scheduler.submit(request, self._inbox.of(row)))
 
     async def end(self) -> None:
@@ -82,16 +100,14 @@ class Running:
         for stream in self._streams:
             stream.cancel()
         while len(self._ends) < len(self._streams):
-            row, event = await self._inbox.get()
-            if isinstance(event, Finished):
-                self._ends[row] = event
+            await self._note()
         if self._commit is not None:  # a caller that has gone does not stop the thread that saves
             await asyncio.wait([self._commit])
         if self._key is not None:
             self._service.memories.release(self._key)
             self._key = None
         # An error that was raised has frames that hold this object: the sessions are not to wait for it.
-        self._streams, self._sessions, self._writers = [], [], []
+        self._streams, self._sessions, self._writers = [], {}, {}
         self._service.metrics.completion.observe(time.perf_counter() - self._began)
 
     async def parts(self) -> AsyncIterator[list[tuple[int, str, Logprobs | None, str | None]]]:
@@ -100,30 +116,51 @@ class Running:
         Raises:
             TitansError: a stream failed, or ended before its prompt was read.
         """
-        while len(self._ends) < len(self._streams):
-            found = await self._inbox.all()
-            yield [
-                self._part(row, [e for r, e in found if r == row])
-                for row in dict.fromkeys(r for r, _ in found)
-            ]
+        left = len(self._streams)
+        while left:
+            found = [await self._note()]
+            while not self._inbox.is_empty:
+                found.append(await self._note())
+            rows: dict[int, list[Piece | Finished]] = {}
+            for row, event in found:
+                if event is not None:
+                    rows.setdefault(row, []).append(event)
+            left -= sum(isinstance(event, Finished) for _, event in found)
+            if rows:
+                yield [self._part(row, events) for row, events in rows.items()]
 
-    def _part(self, row: int, events: list[Event]) -> tuple[int, str, Logprobs | None, str | None]:
+    async def _note(self) -> tuple[int, Piece | Finished | None]:
+        """Take the next event, and note at once that a stream has begun or ended.
+
+        A session stays here alone: a frame that held it would keep it, where an error keeps the frame.
+        """
+        row, event = await self._inbox.get()
+        if isinstance(event, Opened):
+            self._sessions[row] = event.session
+            self._writers[row] = Writer(self._asked, is_new=event.position == 0)
+            return row, None
+        if isinstance(event, Finished):
+            self._ends[row] = event
+        return row, event
+
+    def _part(self, row: int, events: list[Piece | Finished]) -> tuple[int, str, Logprobs | None, str | None]:
         pieces = [event for event in events if isinstance(event, Piece)]
         if not self._drew and any(piece.drawn for piece in pieces):
             self._drew = True
             self._service.metrics.first_token.observe(time.perf_counter() - self._began)
         end = next((event for event in events if isinstance(event, Finished)), None)
+        if end is not None:
+            self._check(row, end)
         text, logprobs = self._writers[row].write(pieces, last=end is not None)
         if end is None:
             return row, text, logprobs, None
-        self._ends[row] = end
-        self._check(row, end)
         return row, text, logprobs, REASONS.get(end.reason, end.reason)
 
     def _check(self, row: int, end: Finished) -> None:
         if end.error is not None:
             raise end.error
-        if end.reason not in _KEPT and end.read < len(self._streams[row].request.prompt):
+        unread = row not in self._sessions or end.read < len(self._streams[row].request.prompt)
+        if end.reason not in _KEPT and unread:
             why = "the server is closing" if end.reason == "closed" else "its time was up"
             raise OverloadError(f"{why} before the prompt was read; the memory is as it was")
 

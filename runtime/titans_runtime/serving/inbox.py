@@ -33,9 +33,7 @@ class Inbox:
         """The next event, once there is one."""
         return await self._events.get()
 
-    async def all(self) -> list[tuple[int, Event]]:
-        """All events that are here, once there is one."""
-        found = [await self._events.get()]
-        while not self._events.empty():
-            found.append(self._events.get_nowait())
-        return found
+    @property
+    def is_empty(self) -> bool:
+        """Whether :meth:`get` would wait."""
+        return self._events.empty()
