@@ -31,6 +31,8 @@ _FILES: Final = {"": "index.html", "page.js": "page.js", "page.css": "page.css"}
 _POLICY: Final = "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'"
 
 _GONE: Final = Response(status_code=499)
+_PATIENCE: Final = 5.0
+"""Seconds for callers that do not read: beyond the time of their request, or the end of the server."""
 
 Id = Annotated[str, InPath(pattern=schema.ID)]
 
@@ -58,7 +60,7 @@ def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
     async def life(app: FastAPI) -> AsyncIterator[None]:
         app.state.service = service or await run_in_threadpool(Service, settings)
         yield
-        await run_in_threadpool(app.state.service.close)
+        await _close(app.state.service)
 
     app = FastAPI(
         title="titans",
@@ -78,6 +80,14 @@ def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
     found: Callable[[], Any] = lambda: getattr(getattr(app.state, "service", None), "metrics", None)  # noqa: E731
     app.add_middleware(Limits, most=settings.max_body, metrics=found)
     return app
+
+
+async def _close(service: Service) -> None:
+    """Let requests keep what they have done before every memory is saved."""
+    await run_in_threadpool(service.drain)
+    if service.under_way:
+        await asyncio.wait(service.under_way, timeout=_PATIENCE)
+    await run_in_threadpool(service.close)
 
 
 def _describe_as_open(app: FastAPI) -> None:

@@ -42,6 +42,8 @@ class Running:
         self._began = time.perf_counter()
         self._drew = False
         self._commit: asyncio.Future[Description] | None = None
+        self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        service.under_way.add(self._over)
         self.id, self.created = f"cmpl-{secrets.token_hex(12)}", int(time.time())
 
     async def begin(self) -> None:
@@ -92,11 +94,18 @@ class Running:
         What is under way is cancelled and not kept.
         """
         task = asyncio.ensure_future(self._end())
-        self._service.tasks.add(task)
-        task.add_done_callback(self._service.tasks.discard)
+        self._service.under_way.add(task)
+        task.add_done_callback(self._service.under_way.discard)
         await asyncio.shield(task)
 
     async def _end(self) -> None:
+        try:
+            await self._let_go()
+        finally:
+            self._service.under_way.discard(self._over)
+            self._over.set_result(None)
+
+    async def _let_go(self) -> None:
         for stream in self._streams:
             stream.cancel()
         while len(self._ends) < len(self._streams):

@@ -199,14 +199,18 @@ class Scheduler:
             until = self.clock() + patience
             while self.clock() < until and self.step():
                 pass
-        self._abandons = True
-        with self._lock:
-            self._lock.notify()
+        self.hurry()
         if self._thread is not None:
             self._thread.join()
         self._openers.shutdown(cancel_futures=True)  # nothing uses a memory after its stream has ended
         self._end_all()
         self._resources.close()
+
+    def hurry(self) -> None:
+        """Have no patience: a :meth:`close` that waits, or comes, ends what is under way at once."""
+        with self._lock:
+            self._closing = self._abandons = True
+            self._lock.notify()
 
     # --- in one thread
 
