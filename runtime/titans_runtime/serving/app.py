@@ -15,7 +15,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi import Path as InPath
 from fastapi.responses import FileResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 import titans_runtime
 from titans_runtime.errors import TitansError
@@ -197,6 +197,10 @@ async def _unless_gone(work: Coroutine[Any, Any, Any], request: Request) -> Any:
         await asyncio.wait({task})
 
 
+class _NotRead(Exception):
+    """The caller has stopped reading."""
+
+
 class EventStream(StreamingResponse):
     """Parts of a completion as server-sent events."""
 
@@ -206,11 +210,33 @@ class EventStream(StreamingResponse):
         super().__init__(self._lines(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI has it; the memory is let go of, even where the caller has gone before the first part."""
+        """As ASGI has it; the memory is let go of, even where the caller has gone before the first part.
+
+        A caller that stops reading is waited for until its time is up, and a few seconds more, or until the
+        server has closed. The rest is then for nobody, and the memory is kept as with any other timeout.
+        """
+
+        async def bounded(message: Message) -> None:
+            try:
+                async with asyncio.timeout(self._running.time_left() + _PATIENCE):
+                    await send(message)
+            except TimeoutError:
+                raise _NotRead from None
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, bounded)
+        except _NotRead:
+            await self._conclude()
+        except asyncio.CancelledError:
+            if not self._running.is_closing:
+                raise
+            await self._conclude()
         finally:
             await self._running.end()
+
+    async def _conclude(self) -> None:
+        async for _ in self.body_iterator:
+            pass
 
     async def _lines(self) -> AsyncIterator[str]:
         try:

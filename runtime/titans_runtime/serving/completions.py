@@ -40,11 +40,22 @@ class Running:
         self._inbox = Inbox()
         self._ends: dict[int, Finished] = {}
         self._began = time.perf_counter()
+        limit = service.settings.max_seconds
+        self._deadline = service.scheduler.clock() + min(asked.timeout or limit, limit)
         self._drew = False
         self._commit: asyncio.Future[Description] | None = None
         self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         service.under_way.add(self._over)
         self.id, self.created = f"cmpl-{secrets.token_hex(12)}", int(time.time())
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether the server is."""
+        return self._service.is_closing
+
+    def time_left(self) -> float:
+        """Seconds until the request's time is up; 0 where it is."""
+        return max(self._deadline - self._service.scheduler.clock(), 0.0)
 
     async def begin(self) -> None:
         """Check everything, take the memory, queue the streams; return when the first of them begins.
@@ -82,10 +93,8 @@ class Running:
         if asked.memory is not None:
             self._key = service.memories.take(self._owner, asked.memory)
             make = partial(service.memories.session, self._key)
-        limit = service.settings.max_seconds
-        deadline = service.scheduler.clock() + min(asked.timeout or limit, limit)
         for row, prompt in enumerate(prompts):
-            request = request_of(asked, make, prompt, self._owner, deadline)
+            request = request_of(asked, make, prompt, self._owner, self._deadline)
             self._streams.append(service.scheduler.submit(request, self._inbox.of(row)))
 
     async def end(self) -> None:

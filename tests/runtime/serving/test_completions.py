@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 from starlette.requests import Request
-from starlette.types import Message
+from starlette.types import Message, Send
 
 import titans_runtime as tr
-from titans_runtime.serving.app import completions
+from titans_runtime.serving.app import EventStream, completions
+from titans_runtime.serving.completions import Running
 from titans_runtime.serving.schema import CompletionRequest
 from titans_runtime.serving.service import Service
 
@@ -113,3 +114,66 @@ def test_a_caller_may_hang_up_while_it_waits(service: Service, stream: bool) -> 
     assert asyncio.run(ask()) == 499
     assert service.memories.describe("local", "m").position == 0
     assert service.scheduler.counters.finished == {"cancelled": 1}
+
+
+async def stalled(service: Service, send: Send) -> asyncio.Task[None]:
+    """A stream whose caller reads as ``send`` does, and neither says more nor hangs up."""
+
+    async def receive() -> Message:
+        return await asyncio.get_running_loop().create_future()
+
+    running = Running(service, CompletionRequest(prompt="abc", memory="m", max_tokens=4000), "local")
+    await running.begin()
+    return asyncio.ensure_future(EventStream(running, False)({"type": "http"}, receive, send))
+
+
+def test_who_stops_reading_holds_a_memory_no_longer_than_its_time(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(service.scheduler, "clock", lambda: now[0])
+    monkeypatch.setattr("titans_runtime.serving.app._PATIENCE", 0.0)
+    service.memories.create("local", "m", service.model.session())
+
+    async def send(_: Message) -> None:
+        if now[0]:
+            await asyncio.get_running_loop().create_future()
+
+    async def ask() -> None:
+        async def first(message: Message) -> None:
+            await send(message)
+            if message["type"] == "http.response.body":
+                now[0] = 1e6
+
+        await (await stalled(service, first))
+
+    asyncio.run(ask())
+    found = service.memories.describe("local", "m")
+    assert found.position >= 3
+    assert found.saved
+    assert service.scheduler.counters.finished == {"deadline": 1}
+    assert not service.under_way
+
+
+def test_who_does_not_read_while_the_server_closes_loses_no_work(service: Service) -> None:
+    object.__setattr__(service.settings, "drain", 0.0)
+    service.memories.create("local", "m", service.model.session())
+
+    async def ask() -> None:
+        blocked = asyncio.Event()
+
+        async def send(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                blocked.set()
+                await asyncio.get_running_loop().create_future()
+
+        task = await stalled(service, send)
+        await blocked.wait()
+        await asyncio.to_thread(service.drain)
+        task.cancel()  # as uvicorn does in the end
+        await task
+
+    asyncio.run(ask())
+    found = service.memories.describe("local", "m")
+    assert found.position >= 3
+    assert found.saved
