@@ -40,7 +40,7 @@ Id = Annotated[str, InPath(pattern=schema.ID)]
 def _answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Errors that a route may answer with, for the OpenAPI document."""
     texts = {
-        400: "The request cannot be meant.",
+        400: "The request cannot be meant, or its time was up before its prompt was read.",
         401: "No token, or none that the server knows.",
         403: "More than the caller may have.",
         404: "There is no such memory or model.",
@@ -243,7 +243,9 @@ class EventStream(StreamingResponse):
             async for part in streamed(self._running, self._with_usage):
                 yield f"data: {part.model_dump_json()}\n\n"
         except TitansError as error:
-            yield f"data: {json.dumps({'error': body_of(status_of(error), str(error))})}\n\n"
+            status = status_of(error)
+            status = 503 if status == 429 and self._running.is_closing else status
+            yield f"data: {json.dumps({'error': body_of(status, str(error))})}\n\n"
             return
         yield "data: [DONE]\n\n"
 

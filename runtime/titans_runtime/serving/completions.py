@@ -14,12 +14,13 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from titans_runtime.errors import ConflictError, OverloadError, UsageError
-from titans_runtime.serving.completion import REASONS, Writer, new_session, prompts_of, request_of
+from titans_runtime.serving.completion import REASONS, new_session, prompts_of, request_of
 from titans_runtime.serving.inbox import Inbox
 from titans_runtime.serving.memories import Description
 from titans_runtime.serving.request import Finished, Opened, Piece, Stream
 from titans_runtime.serving.schema import Choice, Completion, CompletionRequest, Logprobs, Memory, Usage
 from titans_runtime.serving.service import Service
+from titans_runtime.serving.writer import Writer
 from titans_runtime.session import Session
 from titans_runtime.tokens import Tokens
 
@@ -169,7 +170,7 @@ class Running:
         end = next((event for event in events if isinstance(event, Finished)), None)
         if end is not None:
             self._check(row, end)
-        text, logprobs = self._writers[row].write(pieces, last=end is not None)
+        text, logprobs = self._writers[row].write(pieces, end.reason if end else None)
         if end is None:
             return row, text, logprobs, None
         return row, text, logprobs, REASONS.get(end.reason, end.reason)
@@ -177,10 +178,16 @@ class Running:
     def _check(self, row: int, end: Finished) -> None:
         if end.error is not None:
             raise end.error
-        unread = row not in self._sessions or end.read < len(self._streams[row].request.prompt)
-        if end.reason not in _KEPT and unread:
-            why = "the server is closing" if end.reason == "closed" else "its time was up"
-            raise OverloadError(f"{why} before the prompt was read; the memory is as it was")
+        prompt = len(self._streams[row].request.prompt)
+        if end.reason in _KEPT or (row in self._sessions and end.read == prompt):
+            return
+        if end.reason == "closed":
+            raise OverloadError("the server closes before the prompt was read; the memory is as it was")
+        # Not as if the server were full: clients ask again by themselves then, and read in vain once more.
+        raise UsageError(
+            f"prompt: {end.read} of {prompt} tokens were read when the time was up; the memory is as it was. "
+            f"Give less, or more timeout, up to {self._service.settings.max_seconds:g} seconds"
+        )
 
     async def commit(self) -> Memory | None:
         """Let the memory go on to where the session stands, saved if that was asked for."""
@@ -210,20 +217,45 @@ class Running:
         return Completion(id=self.id, created=self.created, model=self._service.name, choices=choices)
 
 
+class Answer:
+    """One choice of a whole answer, as its parts come; what is there is added to, and not made anew."""
+
+    def __init__(self) -> None:
+        """Nothing yet."""
+        self._texts: list[str] = []
+        self._logprobs: Logprobs | None = None
+        self._reason: str | None = None
+
+    def add(self, text: str, logprobs: Logprobs | None, reason: str | None) -> None:
+        """The next part, which is not used again."""
+        self._texts.append(text)
+        self._reason = reason
+        one = self._logprobs
+        if one is None or logprobs is None:
+            self._logprobs = one or logprobs
+            return
+        one.tokens.extend(logprobs.tokens)
+        one.token_logprobs.extend(logprobs.token_logprobs)
+        one.text_offset.extend(logprobs.text_offset)
+        if one.top_logprobs is None:
+            one.top_logprobs = logprobs.top_logprobs
+        else:
+            one.top_logprobs.extend(logprobs.top_logprobs or [])
+
+    def choice(self, row: int) -> Choice:
+        """The whole."""
+        text = "".join(self._texts)
+        return Choice(text=text, index=row, logprobs=self._logprobs, finish_reason=self._reason)
+
+
 async def whole(running: Running) -> Completion:
     """The whole answer at once."""
-    texts: dict[int, list[Any]] = {}
+    answers: dict[int, Answer] = {}
     async for parts in running.parts():
         for row, text, logprobs, reason in parts:
-            one = texts.setdefault(row, ["", None, None])
-            one[0] += text
-            one[1] = _joined(one[1], logprobs)
-            one[2] = reason
+            answers.setdefault(row, Answer()).add(text, logprobs, reason)
     memory = await running.commit()
-    choices = [
-        Choice(text=text, index=row, logprobs=logprobs, finish_reason=reason)
-        for row, (text, logprobs, reason) in sorted(texts.items())
-    ]
+    choices = [answer.choice(row) for row, answer in sorted(answers.items())]
     return running.completion(choices).model_copy(update={"usage": running.usage(), "memory": memory})
 
 
@@ -243,25 +275,6 @@ async def streamed(running: Running, with_usage: bool) -> AsyncIterator[Completi
     yield running.completion(held).model_copy(update={"memory": memory})
     if with_usage:
         yield running.completion([]).model_copy(update={"usage": running.usage()})
-
-
-def _joined(one: Logprobs | None, other: Logprobs | None) -> Logprobs | None:
-    if one is None or other is None:
-        return one or other
-    top = (
-        None
-        if one.top_logprobs is None and other.top_logprobs is None
-        else [
-            *(one.top_logprobs or []),
-            *(other.top_logprobs or []),
-        ]
-    )
-    return Logprobs(
-        tokens=one.tokens + other.tokens,
-        token_logprobs=one.token_logprobs + other.token_logprobs,
-        top_logprobs=top,
-        text_offset=one.text_offset + other.text_offset,
-    )
 
 
 async def gone(receive: Any) -> None:  # noqa: ANN401 - ASGI's

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 ID = r"^[A-Za-z0-9_-]{1,64}$"
 MemoryId = Annotated[str, Field(pattern=ID, description="Letters, digits, - or _.")]
@@ -60,6 +60,15 @@ class CompletionRequest(_Strict):
     learn: bool = Field(False, description="Learn from what is drawn, too.")
     editing: Editing | None = Field(None, description="Without a memory only: a memory has its own.")
     timeout: float | None = Field(None, gt=0, description="Seconds; the server has a limit of its own.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_the_default(cls, given: Any) -> Any:  # noqa: ANN401 - whatever was sent
+        if not isinstance(given, dict):
+            return given
+        return {
+            name: value for name, value in given.items() if value is not None or name not in cls.model_fields
+        }
 
 
 class Logprobs(BaseModel):
