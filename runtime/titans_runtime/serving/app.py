@@ -30,7 +30,7 @@ _STATIC: Final = Path(__file__).parent / "static"
 _FILES: Final = {"": "index.html", "page.js": "page.js", "page.css": "page.css"}
 _POLICY: Final = "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'"
 
-_GONE: Final = Response(status_code=499)
+_GONE: Final = object()
 _PATIENCE: Final = 5.0
 """Seconds for callers that do not read: beyond the time of their request, or the end of the server."""
 
@@ -171,21 +171,21 @@ async def completions(asked: schema.CompletionRequest, request: Request, service
     """
     running = Running(service, asked, owner)
     try:
-        if await _unless_gone(running.begin(), request) is _GONE:
-            await running.end()
-            return _GONE
-        if asked.stream:
-            return EventStream(running, bool(asked.stream_options and asked.stream_options.include_usage))
-        answer = await _unless_gone(whole(running), request)
+        answer = await _unless_gone(running.begin(), request)
+        if answer is not _GONE:
+            if asked.stream:
+                options = asked.stream_options
+                return EventStream(running, bool(options and options.include_usage))
+            answer = await _unless_gone(whole(running), request)
     except BaseException:
         await running.end()
         raise
     await running.end()
-    return answer
+    return Response(status_code=499) if answer is _GONE else answer  # 499: nobody reads it
 
 
 async def _unless_gone(work: Coroutine[Any, Any, Any], request: Request) -> Any:  # noqa: ANN401
-    """What some work gives; if the caller hangs up before, it is cancelled, and the answer is for nobody."""
+    """What some work gives; if the caller hangs up before, it is cancelled: ``_GONE``."""
     task = asyncio.ensure_future(work)
     hangup = asyncio.ensure_future(gone(request.receive))
     try:
