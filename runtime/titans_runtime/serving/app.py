@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +15,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi import Path as InPath
 from fastapi.responses import FileResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 import titans_runtime
 from titans_runtime.errors import TitansError
@@ -31,13 +31,17 @@ _STATIC: Final = Path(__file__).parent / "static"
 _FILES: Final = {"": "index.html", "page.js": "page.js", "page.css": "page.css"}
 _POLICY: Final = "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'"
 
+_GONE: Final = object()
+_PATIENCE: Final = 5.0
+"""Seconds for callers that do not read: beyond the time of their request, or the end of the server."""
+
 Id = Annotated[str, InPath(pattern=schema.ID)]
 
 
 def _answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Errors that a route may answer with, for the OpenAPI document."""
     texts = {
-        400: "The request cannot be meant.",
+        400: "The request cannot be meant, or its time was up before its prompt was read.",
         401: "No token, or none that the server knows.",
         403: "More than the caller may have; or, without tokens, a foreign Host or Origin.",
         404: "There is no such memory or model.",
@@ -57,7 +61,7 @@ def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
     async def life(app: FastAPI) -> AsyncIterator[None]:
         app.state.service = service or await run_in_threadpool(Service, settings)
         yield
-        await run_in_threadpool(app.state.service.close)
+        await _close(app.state.service)
 
     app = FastAPI(
         title="titans",
@@ -78,6 +82,14 @@ def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
     found: Callable[[], Any] = lambda: getattr(getattr(app.state, "service", None), "metrics", None)  # noqa: E731
     app.add_middleware(Limits, most=settings.max_body, metrics=found)
     return app
+
+
+async def _close(service: Service) -> None:
+    """Let requests keep what they have done before every memory is saved."""
+    await run_in_threadpool(service.drain)
+    if service.under_way:
+        await asyncio.wait(service.under_way, timeout=_PATIENCE)
+    await run_in_threadpool(service.close)
 
 
 def _describe_as_open(app: FastAPI) -> None:
@@ -161,27 +173,34 @@ async def completions(asked: schema.CompletionRequest, request: Request, service
     """
     running = Running(service, asked, owner)
     try:
-        await running.begin()
-        if asked.stream:
-            return EventStream(running, bool(asked.stream_options and asked.stream_options.include_usage))
-        return await _unless_gone(running, request)
+        answer = await _unless_gone(running.begin(), request)
+        if answer is not _GONE:
+            if asked.stream:
+                options = asked.stream_options
+                return EventStream(running, bool(options and options.include_usage))
+            answer = await _unless_gone(whole(running), request)
     except BaseException:
         await running.end()
         raise
+    await running.end()
+    return Response(status_code=499) if answer is _GONE else answer  # 499: nobody reads it
 
 
-async def _unless_gone(running: Running, request: Request) -> Any:  # noqa: ANN401
-    work = asyncio.ensure_future(whole(running))
+async def _unless_gone(work: Coroutine[Any, Any, Any], request: Request) -> Any:  # noqa: ANN401
+    """What some work gives; if the caller hangs up before, it is cancelled: ``_GONE``."""
+    task = asyncio.ensure_future(work)
     hangup = asyncio.ensure_future(gone(request.receive))
     try:
-        await asyncio.wait({work, hangup}, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            return Response(status_code=499)  # nobody reads it
-        return work.result()
+        await asyncio.wait({task, hangup}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else _GONE
     finally:
-        work.cancel()
+        task.cancel()
         hangup.cancel()
-        await running.end()
+        await asyncio.wait({task})
+
+
+class _NotRead(Exception):
+    """The caller has stopped reading."""
 
 
 class EventStream(StreamingResponse):
@@ -193,18 +212,42 @@ class EventStream(StreamingResponse):
         super().__init__(self._lines(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI has it; the memory is let go of, even where the caller has gone before the first part."""
+        """As ASGI has it; the memory is let go of, even where the caller has gone before the first part.
+
+        A caller that stops reading is waited for until its time is up, and a few seconds more, or until the
+        server has closed. The rest is then for nobody, and the memory is kept as with any other timeout.
+        """
+
+        async def bounded(message: Message) -> None:
+            try:
+                async with asyncio.timeout(self._running.time_left() + _PATIENCE):
+                    await send(message)
+            except TimeoutError:
+                raise _NotRead from None
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, bounded)
+        except _NotRead:
+            await self._conclude()
+        except asyncio.CancelledError:
+            if not self._running.is_closing:
+                raise
+            await self._conclude()
         finally:
             await self._running.end()
+
+    async def _conclude(self) -> None:
+        async for _ in self.body_iterator:
+            pass
 
     async def _lines(self) -> AsyncIterator[str]:
         try:
             async for part in streamed(self._running, self._with_usage):
                 yield f"data: {part.model_dump_json()}\n\n"
         except TitansError as error:
-            yield f"data: {json.dumps({'error': body_of(status_of(error), str(error))})}\n\n"
+            status = status_of(error)
+            status = 503 if status == 429 and self._running.is_closing else status
+            yield f"data: {json.dumps({'error': body_of(status, str(error))})}\n\n"
             return
         yield "data: [DONE]\n\n"
 

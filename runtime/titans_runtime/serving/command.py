@@ -12,15 +12,23 @@ import threading
 from dataclasses import fields
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Final
 
 from titans_runtime.errors import EnvironmentProblem, UsageError
 from titans_runtime.optional import optional_import
 from titans_runtime.serving.settings import Settings, is_loopback, option
 
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+    from titans_runtime.serving.service import Service
+
+_GRACE: Final = 1.0
+"""Seconds for answers to leave, after a second Ctrl-C."""
+
 
 def serve(args: argparse.Namespace) -> int:
-    """Serve until a signal comes, then let what is under way end, and save every memory."""
+    """Serve until a signal comes, then let what is under way end, and save every memory; 1 if one is not."""
     for module in ("fastapi", "uvicorn", "prometheus_client"):
         optional_import(module, "serve")
     settings = settings_of(args)
@@ -41,8 +49,12 @@ def serve(args: argparse.Namespace) -> int:
             file=sys.stderr,
             flush=True,
         )
-        asyncio.run(_run(create_app(settings, service), service, listener, args.access_log))
-    return 0
+        _ignore_impatience(service)
+        try:
+            asyncio.run(_run(create_app(settings, service), service, listener, args.access_log))
+        finally:
+            all_saved = service.close()  # once more: however the server has ended, nothing is lost
+    return 0 if all_saved else 1
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
@@ -122,8 +134,27 @@ def _listening(host: str, port: int) -> socket.socket:
         ) from None
 
 
-async def _run(app: Any, service: Any, listener: socket.socket, access_log: bool) -> None:  # noqa: ANN401
+def _ignore_impatience(service: Service) -> None:
+    """Let Ctrl-C interrupt nothing once the server closes: uvicorn gives signals back before that is done."""
+
+    def interrupt(*_: object) -> None:
+        if not service.is_closing:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+
+
+async def _run(app: ASGIApp, service: Service, listener: socket.socket, access_log: bool) -> None:
     uvicorn = optional_import("uvicorn", "serve")
+    loop = asyncio.get_running_loop()
+
+    async def quiet(scope: Scope, receive: Receive, send: Send) -> None:
+        """What uvicorn cancels while the server closes is no error to be shown."""
+        try:
+            await app(scope, receive, send)
+        except asyncio.CancelledError:
+            if not service.is_closing:
+                raise
 
     class Server(uvicorn.Server):  # type: ignore[misc,name-defined,unused-ignore]
         """Begins to drain with the signal: streams then end, and with them the connections."""
@@ -131,15 +162,26 @@ async def _run(app: Any, service: Any, listener: socket.socket, access_log: bool
         should_exit: bool
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's
-            if self.should_exit:  # a second Ctrl-C: no more patience with connections
-                self.force_exit = sig == signal.SIGINT
-                return
-            self.should_exit = True
-            print("titans: closing; requests under way end first", file=sys.stderr, flush=True)
-            threading.Thread(target=service.drain, name="titans-drain").start()
+            if not self.should_exit:
+                self.should_exit = service.is_closing = True
+                print("titans: closing; requests under way end first", file=sys.stderr, flush=True)
+                threading.Thread(target=service.drain, name="titans-drain").start()
+            elif sig == signal.SIGINT:  # Ctrl-C again. uvicorn's own force_exit would not save memories
+                loop.call_soon_threadsafe(self.hurry)
+
+        def hurry(self) -> None:
+            """End requests now, and soon the connections of those who do not read their answers."""
+            service.hurry()
+            loop.call_later(_GRACE, self.cut)
+
+        def cut(self) -> None:
+            for task in list(self.server_state.tasks):
+                task.cancel()
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()
 
     config = uvicorn.Config(
-        app,
+        quiet,
         log_level="info" if access_log else "warning",
         access_log=access_log,
         timeout_graceful_shutdown=int(service.settings.drain) + 5,

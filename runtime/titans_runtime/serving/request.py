@@ -18,7 +18,8 @@ class Request:
     """A prompt to read and tokens to write, on a session that belongs to the scheduler meanwhile.
 
     Attributes:
-        session: of the scheduler's model; its memory, edit strength and editor are its own.
+        session: of the scheduler's model; its memory, edit strength and editor are its own. Or
+            what gives one, called in a thread of its own once there is a slot: what waits holds no memory.
         prompt: tokens to append first; may be empty for a session that has seen some.
         max_new_tokens: tokens to draw at most.
         sampling: how.
@@ -30,7 +31,7 @@ class Request:
         scores: whether pieces carry the logits under which their tokens stood.
     """
 
-    session: Session
+    session: Session | Callable[[], Session]
     prompt: Tokens = b""
     max_new_tokens: int = 0
     sampling: Sampling = field(default_factory=Sampling)
@@ -45,7 +46,8 @@ class Request:
         """Check the ranges.
 
         Raises:
-            UsageError: a number is out of range, a stop sequence is empty, or there is nothing to begin with.
+            UsageError: a number is out of range, a stop sequence is empty, or there is nothing to begin with;
+                what a session to be opened lacks is found once it is there.
         """
         if type(self.max_new_tokens) is not int or self.max_new_tokens < 0:
             raise UsageError(f"max_new_tokens is {self.max_new_tokens!r}; it must be an integer, 0 or more")
@@ -53,9 +55,18 @@ class Request:
             raise UsageError(f"seed is {self.seed}; it must be 0 or more")
         if not all(self.stop):
             raise UsageError("stop: a sequence is empty; give one token or more")
-        if len(self.prompt) == 0 and self.session.last_logits is None:
+        if isinstance(self.session, Session):
+            self.check(self.session)
+
+    def check(self, session: Session) -> None:
+        """Whether the request can begin on a session.
+
+        Raises:
+            UsageError: there is nothing to begin with, or nothing to draw.
+        """
+        if len(self.prompt) == 0 and session.last_logits is None:
             raise UsageError("the session has seen no token yet; give a prompt")
-        if self.max_new_tokens and not self.session.model.vocab_size:
+        if self.max_new_tokens and not session.model.vocab_size:
             raise UsageError("the model takes vectors; it has no tokens to draw")
 
 
@@ -76,6 +87,19 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Opened:
+    """The session of a request that gave none, but what opens one: the first event of its stream.
+
+    Attributes:
+        session: the scheduler's until the end.
+        position: tokens that it has seen before.
+    """
+
+    session: Session = field(repr=False)
+    position: int
+
+
+@dataclass(frozen=True)
 class Finished:
     """The end of a stream.
 
@@ -92,7 +116,7 @@ class Finished:
     drawn: int = 0
 
 
-Event = Piece | Finished
+Event = Opened | Piece | Finished
 Deliver = Callable[[Event], None]
 
 

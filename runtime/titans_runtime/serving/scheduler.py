@@ -3,7 +3,8 @@
 A step does two things. One session that still reads its prompt reads a segment more, by itself: a segment
 fills the processor without company. And all sessions that write draw a token each and see it in one call
 of the model. So a long prompt delays the others by a segment a token and no more; readers take turns, and
-so do owners at the door.
+so do owners at the door. What opens a session, which may take a store's time, does so in a thread of its own,
+in the request's slot.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Self
 
@@ -21,7 +23,8 @@ import numpy as np
 from titans_runtime.backends import Array
 from titans_runtime.errors import EnvironmentProblem, OverloadError, TitansError, UsageError
 from titans_runtime.forward import SEGMENT
-from titans_runtime.serving.request import Deliver, Finished, Piece, Request, Stream
+from titans_runtime.serving.request import Deliver, Finished, Opened, Piece, Request, Stream
+from titans_runtime.session import Session
 from titans_runtime.tokens import checked_input
 
 if TYPE_CHECKING:
@@ -31,6 +34,8 @@ SLOTS: Final = 16
 WAITING: Final = 256
 READ: Final = 128
 """Tokens that one reader reads in a step: half the time of a decoding step of 16 sessions, or less."""
+_NAP: Final = 0.05
+"""Seconds between two looks at deadlines while sessions are opened and none runs."""
 
 
 @dataclass
@@ -40,12 +45,18 @@ class _Run:
     stream: Stream
     prompt: Array
     generator: np.random.Generator
+    opened: Session | None = None
     read: int = 0
     drawn: list[int] = field(default_factory=list)
 
     @property
     def request(self) -> Request:
         return self.stream.request
+
+    @property
+    def session(self) -> Session:
+        assert self.opened is not None  # it has a slot, and is not being opened
+        return self.opened
 
     @property
     def has_read(self) -> bool:
@@ -111,6 +122,9 @@ class Scheduler:
         self._resources = contextlib.ExitStack()
         self._batch = self._resources.enter_context(model.batch([], room=slots))
         self._waiting: OrderedDict[str, deque[_Run]] = OrderedDict()  # by owner, the next one first
+        self._opening: dict[int, _Run] = {}  # by their own id
+        self._opened: deque[tuple[_Run, TitansError | None]] = deque()  # of these, what is to be taken over
+        self._openers = ThreadPoolExecutor(slots, "titans-opener")
         self._reading: deque[_Run] = deque()
         self._writing: dict[int, _Run] = {}  # by the id of the session, which the batch holds
         self._lock = threading.Condition()
@@ -133,10 +147,11 @@ class Scheduler:
             UsageError: the session belongs to another model.
             TokenError: the prompt is of a wrong type or out of range.
         """
-        if request.session.model is not self.model:
-            raise UsageError("scheduler: the session belongs to another model")
+        session = request.session if isinstance(request.session, Session) else None
+        if session is not None:
+            self._check(session)
         prompt = checked_input(request.prompt, self.model.manifest) if len(request.prompt) else _NOTHING
-        run = _Run(Stream(request, deliver), prompt, np.random.default_rng(request.seed))
+        run = _Run(Stream(request, deliver), prompt, np.random.default_rng(request.seed), session)
         with self._lock:
             if self._closing:
                 raise OverloadError("scheduler: is closed; ask another one")
@@ -161,7 +176,7 @@ class Scheduler:
     @property
     def running(self) -> int:
         """Requests that hold a slot."""
-        return len(self._reading) + len(self._writing)
+        return len(self._opening) + len(self._reading) + len(self._writing)
 
     def start(self) -> Self:
         """Let a thread of its own take the steps."""
@@ -184,21 +199,27 @@ class Scheduler:
             until = self.clock() + patience
             while self.clock() < until and self.step():
                 pass
-        self._abandons = True
-        with self._lock:
-            self._lock.notify()
+        self.hurry()
         if self._thread is not None:
             self._thread.join()
+        self._openers.shutdown(cancel_futures=True)  # nothing uses a memory after its stream has ended
         self._end_all()
         self._resources.close()
+
+    def hurry(self) -> None:
+        """Have no patience: a :meth:`close` that waits, or comes, ends what is under way at once."""
+        with self._lock:
+            self._closing = self._abandons = True
+            self._lock.notify()
 
     # --- in one thread
 
     def step(self) -> bool:
         """Advance every session that runs; whether any did."""
+        self._take_over()
         self._dismiss()
         self._admit()
-        if not self.running:
+        if not (self._reading or self._writing):
             return False
         self.counters.steps += 1
         self._write()
@@ -210,8 +231,17 @@ class Scheduler:
             with self._lock:
                 while not (self.waiting or self.running or self._closing):
                     self._lock.wait()
-            if self._abandons or (not (self.step() or self.waiting) and self._closing):
+            if self._abandons:
                 return
+            if not self.step() and not self._nap() and not self.waiting and self._closing:
+                return
+
+    def _nap(self) -> bool:
+        """Wait a little where sessions are being opened and none runs; whether there are such."""
+        with self._lock:
+            if self._opening and not self._opened:
+                self._lock.wait(_NAP)
+            return bool(self._opening)
 
     def _dismiss(self) -> None:
         """End what is cancelled or late, wherever it is."""
@@ -248,10 +278,57 @@ class Scheduler:
                 self._waiting.move_to_end(owner)
                 if not queue:
                     del self._waiting[owner]
-            if run.has_read:
-                self._begin_to_write(run)
+            if run.opened is not None:
+                self._begin(run)
+                continue
+            self._opening[id(run)] = run
+            if self._thread is None:
+                self._open(run)
+                self._take_over()
             else:
-                self._reading.append(run)
+                self._openers.submit(self._open, run)
+
+    def _open(self, run: _Run) -> None:
+        """Make the session of a request, which is not ended meanwhile: others would get its memory."""
+        problem = None
+        try:
+            if not run.stream.is_cancelled:
+                run.opened = self._made(run.request)
+        except Exception as error:  # noqa: BLE001 - whatever befalls one request, the others go on
+            problem = _known(error)
+        with self._lock:
+            self._opened.append((run, problem))
+            self._lock.notify()
+
+    def _made(self, request: Request) -> Session:
+        assert not isinstance(request.session, Session)
+        session = request.session()
+        self._check(session)
+        request.check(session)
+        return session
+
+    def _check(self, session: Session) -> None:
+        if session.model is not self.model:
+            raise UsageError("scheduler: the session belongs to another model")
+
+    def _take_over(self) -> None:
+        """Let those begin whose sessions have been opened."""
+        while self._opened:
+            run, problem = self._opened.popleft()
+            del self._opening[id(run)]
+            if problem is not None:
+                self._finish(run, "failed", problem)
+            elif run.opened is None:
+                self._finish(run, "cancelled")
+            else:
+                run.stream.deliver(Opened(run.opened, run.opened.position))
+                self._begin(run)
+
+    def _begin(self, run: _Run) -> None:
+        if run.has_read:
+            self._begin_to_write(run)
+        else:
+            self._reading.append(run)
 
     def _read(self) -> None:
         """Let the next reader read a segment, or more of it where nobody waits for that."""
@@ -260,7 +337,7 @@ class Scheduler:
         run = self._reading.popleft()
         alone = not self._reading and not self._writing
         part = run.prompt[run.read : run.read + (SEGMENT if alone else self._segment)]
-        session = run.request.session
+        session = run.session
         before = session.last_logits
         try:
             logits = session.append(part)
@@ -270,28 +347,25 @@ class Scheduler:
         run.read += len(part)
         self.counters.read += len(part)
         run.stream.deliver(Piece(part, drawn=False, scores=_scores(run, before, logits)))
-        if run.has_read:
-            self._begin_to_write(run)
-        else:
-            self._reading.append(run)
+        self._begin(run)
 
     def _begin_to_write(self, run: _Run) -> None:
         if run.request.max_new_tokens == 0:
             self._finish(run, "length")
             return
         try:
-            self._batch.join(run.request.session)
+            self._batch.join(run.session)
         except TitansError as error:
             self._fail(run, error)
         else:
-            self._writing[id(run.request.session)] = run
+            self._writing[id(run.session)] = run
 
     def _write(self) -> None:
         """Let every writer draw a token and see it."""
         runs = [self._writing[id(session)] for session in self._batch.sessions]
         if not runs:
             return
-        before = [run.request.session.last_logits for run in runs]
+        before = [run.session.last_logits for run in runs]
         tokens = [
             run.request.sampling.draw(logits, run.generator)
             for run, logits in zip(runs, before, strict=True)
@@ -309,7 +383,7 @@ class Scheduler:
 
     def _write_alone(self, run: _Run, token: int) -> bool:
         """See a token outside the batch; whether it went well."""
-        session = run.request.session
+        session = run.session
         self._leave(run)
         try:
             with self.model.batch([session]) as alone:
@@ -332,17 +406,12 @@ class Scheduler:
             self._finish(run, ending)
 
     def _leave(self, run: _Run) -> None:
-        session = run.request.session
+        session = run.session
         del self._writing[id(session)]
         self._batch.leave(session)
 
     def _fail(self, run: _Run, error: Exception) -> None:
-        known = (
-            error
-            if isinstance(error, TitansError)
-            else EnvironmentProblem(f"{type(error).__name__}: {error}")
-        )
-        self._finish(run, "failed", known)
+        self._finish(run, "failed", _known(error))
 
     def _finish(self, run: _Run, reason: str, error: TitansError | None = None) -> None:
         self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
@@ -352,13 +421,23 @@ class Scheduler:
         with self._lock:
             left = [run for queue in self._waiting.values() for run in queue]
             self._waiting.clear()
-        left += self._reading
+        left += [*self._opening.values(), *self._reading]
+        self._opening.clear()
+        self._opened.clear()
         self._reading.clear()
         for run in list(self._writing.values()):
             self._leave(run)
             left.append(run)
         for run in left:
             self._finish(run, "closed")
+
+
+def _known(error: Exception) -> TitansError:
+    """An error as one of ours, without frames: they would hold the session for as long as it is kept."""
+    if not isinstance(error, TitansError):
+        return EnvironmentProblem(f"{type(error).__name__}: {error}")
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 _NOTHING: Final = np.empty(0, np.int64)

@@ -103,6 +103,15 @@ class CompletionRequest(_Strict):
     editing: Editing | None = Field(None, description="Without a memory only: a memory has its own.")
     timeout: float | None = Field(None, gt=0, description="Seconds; the server has a limit of its own.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_the_default(cls, given: Any) -> Any:  # noqa: ANN401 - whatever was sent
+        if not isinstance(given, dict):
+            return given
+        return {
+            name: value for name, value in given.items() if value is not None or name not in cls.model_fields
+        }
+
 
 class Logprobs(BaseModel):
     """OpenAI's; a token that is no printable ASCII is `bytes:` and its hexadecimal."""

@@ -39,11 +39,15 @@ class Service:
         )
         self.scheduler = Scheduler(self.model, settings.slots, settings.waiting).start()
         self.metrics = Metrics(self.scheduler)
-        self.tasks: set[asyncio.Task[None]] = set()  # the loop itself holds them weakly
+        self.under_way: set[asyncio.Future[None]] = (
+            set()
+        )  # one a request, done when it holds nothing any more
         self.is_closing = False
         self._closed = False
         self._lock = threading.Lock()
         self._sweeper = Sweeper(self._store, interval_of(settings.expire)).start()
+        self._all_saved: bool | None = None
+        self._saving = threading.Lock()
 
     def check_open(self) -> None:
         """Refuse what would change something while the server closes.
@@ -62,13 +66,25 @@ class Service:
                 self._closed = True
                 self.scheduler.close(self.settings.drain)
 
-    def close(self) -> None:
-        """Drain, then save every memory."""
+    def hurry(self) -> None:
+        """Let a drain, under way or to come, end at once."""
+        self.is_closing = True
+        self.scheduler.hurry()
+
+    def close(self) -> bool:
+        """Drain, then save every memory; whether all are saved. A second call does nothing more."""
         self.drain()
+        with self._saving:
+            if self._all_saved is None:
+                self._all_saved = self._save_all()
+                self._sweeper.close()  # after what must not wait for it
+                self._store.close()
+            return self._all_saved
+
+    def _save_all(self) -> bool:
         saved, problems = self.memories.save_all()
         if saved:
             print(f"titans: saved {saved} memories", file=sys.stderr)  # noqa: T201 - the server's log
         for problem in problems:
             print(f"titans: not saved: {problem}", file=sys.stderr)  # noqa: T201
-        self._sweeper.close()  # after what must not wait for it
-        self._store.close()
+        return not problems

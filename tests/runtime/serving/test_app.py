@@ -225,12 +225,51 @@ def test_bad_requests(client: TestClient, asked: dict[str, Any], status: int) ->
         assert "Traceback" not in answer.text
 
 
-def test_a_stop_text_ends_it(client: TestClient) -> None:
-    whole = complete(client, prompt=[1], max_tokens=40, temperature=0)["choices"][0]
-    stop = next(c for c in whole["text"][3:] if c.isascii())
-    found = complete(client, prompt=[1], max_tokens=40, temperature=0, stop=stop)["choices"][0]
-    assert found["finish_reason"] == "stop"
-    assert found["text"] == whole["text"][: whole["text"].index(stop) + 1]
+def test_a_stop_text_ends_it_and_is_no_part_of_it(client: TestClient) -> None:
+    """The memory has read it all the same: it was drawn."""
+    asked: dict[str, Any] = {"prompt": [1], "max_tokens": 40, "temperature": 0}
+    whole = complete(client, **asked)["choices"][0]["text"]
+    place = next(n for n in range(3, len(whole) - 3) if whole[n : n + 3].isascii())
+    asked["stop"] = [whole[place : place + 3], "never drawn"]
+    end = whole.index(asked["stop"][0])
+    found = complete(client, **asked, logprobs=1)
+    choice = found["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == (whole[:end], "stop")
+    assert len(choice["logprobs"]["tokens"]) == len(choice["logprobs"]["text_offset"])
+    assert len(choice["logprobs"]["tokens"]) == found["usage"]["completion_tokens"] - 3
+    client.post("/v1/memories", json={"id": "m"})
+    parts = events(client, **asked, memory="m")
+    assert "".join(part["choices"][0]["text"] for part in parts) == whole[:end]
+    assert parts[-1]["choices"][0]["finish_reason"] == "stop"
+    assert parts[-1]["memory"]["position"] == 1 + found["usage"]["completion_tokens"]
+
+
+def test_null_is_the_default(client: TestClient) -> None:
+    """As OpenAI's document has it, and as its clients send it."""
+    names = (
+        *("max_tokens", "temperature", "top_p", "n", "best_of", "stop", "stream", "echo", "logprobs", "user"),
+        *("presence_penalty", "frequency_penalty", "logit_bias", "suffix", "seed", "memory", "save", "learn"),
+    )
+    found = complete(client, prompt="abc", **dict.fromkeys(names))
+    assert found["usage"] == {"prompt_tokens": 3, "completion_tokens": 16, "total_tokens": 19}
+    problem(client.post("/v1/completions", json={"prompt": "abc", "unknown": None}), 422)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_that_is_not_read_in_time_is_not_asked_again_by_itself(
+    client: TestClient, service: Service, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """Clients ask again after 408, 409, 429 and 5xx, and would read in vain once more."""
+    client.post("/v1/memories", json={"id": "m"})
+    now = iter(range(10**6))
+    monkeypatch.setattr(service.scheduler, "clock", lambda: float(next(now)))
+    asked = {"prompt": "abc" * 2000, "memory": "m", "timeout": 3, "stream": stream}
+    answer = client.post("/v1/completions", json=asked)
+    text = answer.text if answer.status_code == 200 else problem(answer, 400)
+    assert "of 6000 tokens were read when the time was up" in text
+    assert '"429"' not in text
+    assert "retry-after" not in answer.headers
+    assert client.get("/v1/memories/m").json()["position"] == 0
 
 
 def test_a_memory_in_use_is_refused(client: TestClient, service: Service) -> None:

@@ -180,3 +180,54 @@ def test_bad_token_files(
     path.write_text(line + "\n")
     assert main(["serve", str(tiny_bundle), "--port", "0", "--tokens", str(path)]) == 3
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.suite("serve")
+def test_a_second_ctrl_c_shortens_the_drain_and_loses_nothing(tiny_bundle: Path, tmp_path: Path) -> None:
+    server = Served(tiny_bundle, tmp_path, "--drain", "600", "--max-tokens", "100000")
+    for name in ("m0", "m1"):
+        httpx.post(f"{server.url}/v1/memories", json={"id": name})
+    httpx.post(f"{server.url}/v1/completions", json=asked(1, 0) | {"save": False})
+    body = asked(0, 0) | {"stream": True, "max_tokens": 100_000}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.stderr is not None
+        assert "closing" in server.process.stderr.readline()
+        server.process.send_signal(signal.SIGINT)
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]"
+    assert '"finish_reason":"closed"' in rest[-2]
+    code, said = server.end(signal.SIGINT)
+    assert (code, "saved 1 memories" in said, "Traceback" in said) == (0, True, False), said
+    again = Served(tiny_bundle, tmp_path)
+    assert httpx.get(f"{again.url}/v1/memories/m1").json()["position"] == EACH
+    assert httpx.get(f"{again.url}/v1/memories/m0").json()["position"] >= EACH - 3
+    again.end(signal.SIGTERM)
+
+
+@pytest.mark.suite("serve")
+def test_two_ctrl_c_at_once_save_every_memory(tiny_bundle: Path, tmp_path: Path) -> None:
+    server = Served(tiny_bundle, tmp_path)
+    httpx.post(f"{server.url}/v1/memories", json={"id": "m0"})
+    httpx.post(f"{server.url}/v1/completions", json=asked(0, 0) | {"save": False})
+    server.process.send_signal(signal.SIGINT)
+    assert server.process.stderr is not None
+    assert "closing" in server.process.stderr.readline()
+    code, said = server.end(signal.SIGINT)
+    assert (code, said) == (0, "titans: saved 1 memories\n")
+
+
+@pytest.mark.suite("serve")
+def test_a_memory_that_cannot_be_saved_at_the_end_is_a_failure(tiny_bundle: Path, tmp_path: Path) -> None:
+    server = Served(tiny_bundle, tmp_path)
+    httpx.post(f"{server.url}/v1/memories", json={"id": "m0"})
+    httpx.post(f"{server.url}/v1/completions", json=asked(0, 0) | {"save": False})
+    folder = tmp_path / "memories" / "local"
+    folder.rename(tmp_path / "elsewhere")
+    folder.write_text("")
+    code, said = server.end(signal.SIGTERM)
+    assert code == 1
+    assert "not saved: local/m0" in said
+    assert "Traceback" not in said

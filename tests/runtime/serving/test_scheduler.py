@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ from tests.runtime.streams import Array
 from titans_runtime.editor import Editor
 from titans_runtime.sampling import Sampling
 from titans_runtime.serving import Finished, Piece, Request, Scheduler, Stream
+from titans_runtime.serving.request import Opened
 
 EDITORS = [None, Editor(step=0.5, chunk=3), Editor(step=0.7, chunk=4, optimizer="adagrad")]
 
@@ -186,6 +188,96 @@ def test_deadlines(model: tr.Model) -> None:
     run_dry(scheduler)
     assert (events(first)[1].reason, events(second)[1].reason) == ("deadline", "deadline")
     assert events(third)[1] == Finished("length", None, 1, 2)
+
+
+def test_only_what_has_a_slot_is_opened(model: tr.Model) -> None:
+    """The others wait without a session: late, cancelled or refused, they have cost none."""
+    opened: list[str] = []
+
+    def opener(name: str) -> Callable[[], tr.Session]:
+        return lambda: opened.append(name) or model.session()  # type: ignore[func-returns-value]
+
+    now = [0.0]
+    scheduler = Scheduler(model, slots=1, waiting=4, waiting_of_one=4, clock=lambda: now[0])
+    first, late, cancelled, last = (
+        scheduler.submit(Request(opener(name), b"abc", 2, deadline=deadline))
+        for name, deadline in (("first", 9.0), ("late", 1.0), ("cancelled", 9.0), ("last", 9.0))
+    )
+    with pytest.raises(tr.OverloadError):
+        scheduler.submit(Request(opener("refused"), b"abc"))
+    scheduler.step()
+    assert opened == ["first"]
+    now[0] = 1.0
+    cancelled.cancel()
+    run_dry(scheduler)
+    assert opened == ["first", "last"]
+    opening, *_ = first
+    assert isinstance(opening, Opened)
+    assert opening.position == 0
+    assert opening.session.position == 5
+    assert [events(stream)[1].reason for stream in (late, cancelled, last)] == [
+        "deadline",
+        "cancelled",
+        "length",
+    ]
+
+
+def test_one_that_cannot_be_opened_fails_by_itself(model: tr.Model, tiny_bundle: str) -> None:
+    def fail() -> tr.Session:
+        raise tr.ConflictError("elsewhere")
+
+    scheduler = Scheduler(model, slots=1)
+    wrong = [
+        scheduler.submit(Request(opener, prompt, 2))
+        for opener, prompt in (
+            (fail, b"a"),
+            (model.session, b""),
+            (tr.load(tiny_bundle, threads=1).session, b"a"),
+        )
+    ]
+    good = scheduler.submit(Request(model.session, b"a", 2))
+    run_dry(scheduler)
+    found = [str(events(stream)[1].error) for stream in wrong]
+    assert ["elsewhere" in found[0], "no token yet" in found[1], "another model" in found[2]] == [True] * 3
+    assert events(good)[1].reason == "length"
+
+
+@pytest.mark.parametrize("how", ["length", "cancelled", "closed"])
+def test_a_session_that_takes_long_to_open_holds_up_nobody(model: tr.Model, how: str) -> None:
+    """And its stream does not end before the opening has: the memory would be another's too soon."""
+    ends = {how, "length"} if how == "closed" else {how}  # it may be done before the closing has come
+    begun, may_end = threading.Event(), threading.Event()
+    ended = threading.Event()
+
+    def slow() -> tr.Session:
+        begun.set()
+        may_end.wait()
+        ended.set()
+        return model.session()
+
+    scheduler = Scheduler(model, slots=2).start()
+    after: list[bool] = []
+    done = threading.Event()
+
+    def deliver(event: object) -> None:
+        if isinstance(event, Finished):
+            after.append(ended.is_set() and event.reason in ends)
+            done.set()
+
+    stream = scheduler.submit(Request(slow, b"a", 2), deliver)
+    begun.wait()
+    assert len(drawn(scheduler.submit(Request(model.session, b"abc", 9)))) == 9
+    if how == "cancelled":
+        stream.cancel()
+    closing = threading.Thread(target=scheduler.close, args=(60.0 if how != "closed" else 0.0,))
+    if how == "closed":
+        closing.start()
+    may_end.set()
+    done.wait()
+    assert after == [True]
+    if how != "closed":
+        closing.start()
+    closing.join()
 
 
 def test_stop_sequences(model: tr.Model) -> None:
