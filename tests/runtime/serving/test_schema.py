@@ -64,7 +64,6 @@ def test_forms_of_a_prompt(prompt: Any) -> None:  # noqa: ANN401 - JSON
 @pytest.mark.parametrize(
     ("prompt", "where"),
     [
-        (None, ()),  # as if it were not there
         (1, ("str",)),
         ({}, ("str",)),
         ([None], ("list[int]", 0)),
