@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from titans_runtime.errors import StateError
+from titans_runtime.errors import StateError, UsageError
+from titans_runtime.session import Session
 from titans_runtime.snapshot import Snapshot
 
 
@@ -33,20 +34,30 @@ class Difference:
         return self.distance / largest if largest else 0.0
 
 
-def compare(one: Snapshot, other: Snapshot) -> list[Difference]:
-    """Every tensor of two snapshots of one bundle, by name.
+def compare(one: Snapshot | Session, other: Snapshot | Session) -> list[Difference]:
+    """Every tensor of two snapshots of one bundle, by name; of a session, those of its snapshot now.
 
     A tensor of which the snapshots hold different lengths, as pending positions are, is compared as if
     the shorter were followed by zeros.
 
     Raises:
         StateError: the snapshots belong to different bundles.
+        UsageError: something else was given.
     """
+    one, other = _snapshot(one), _snapshot(other)
     if one.bundle != other.bundle:
         raise StateError(
             f"memories of two bundles, {one.bundle[:12]}… and {other.bundle[:12]}…; compare those of one"
         )
     return [_difference(name, one, other) for name in sorted(one.arrays.keys() | other.arrays.keys())]
+
+
+def _snapshot(given: object) -> Snapshot:
+    if isinstance(given, Session):
+        return given.snapshot()
+    if not isinstance(given, Snapshot):
+        raise UsageError(f"compare takes sessions and snapshots, not a {type(given).__name__}")
+    return given
 
 
 def _difference(name: str, one: Snapshot, other: Snapshot) -> Difference:

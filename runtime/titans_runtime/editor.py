@@ -12,11 +12,11 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, cast
 
 from titans_runtime.errors import UsageError
+from titans_runtime.optimizers import OPTIMIZERS, settings
 
 if TYPE_CHECKING:
     from titans_runtime.manifest import Manifest
 
-OPTIMIZERS = ("sgd", "adagrad", "titans", "adam", "muon")
 OBJECTIVES = ("readout", "prediction", "association")
 """Objectives of this project's models; a bundle may bring others, as graphs ``gradient.<objective>``."""
 
@@ -24,15 +24,6 @@ MAX_CHUNK = 1024
 MAX_STEP = 1e6  # far beyond any use, and far from where float32 ends
 _MAX_STEPS = 1000
 READOUT_OPTIMIZERS = ("sgd", "adagrad")
-_DECAYS = {
-    "sgd": ("momentum", "retention"),
-    "adagrad": ("retention",),
-    "titans": ("momentum", "retention", "floor"),
-    "adam": ("momentum", "retention"),
-    "muon": ("momentum", "retention"),
-}
-"""Settings that an optimizer has besides its step."""
-
 _STEPS = {"prediction": 0.1, "association": 1e-4}
 _STEPS_OF_OPTIMIZERS = {"titans": 1.0, "adam": 0.01, "muon": 0.01}
 """Of those whose steps are of a length of their own, whatever the objective."""
@@ -106,7 +97,7 @@ class Editor:
             object.__setattr__(self, item.name, _plain(getattr(self, item.name)))
         if not re.fullmatch(r"[a-z][a-z0-9_]*", str(self.objective)):
             raise UsageError(f"editor objective {self.objective!r}; known: {', '.join(OBJECTIVES)}")
-        if self.optimizer not in OPTIMIZERS:
+        if self.optimizer not in tuple(OPTIMIZERS):  # of a list, too
             raise UsageError(f"editor optimizer {self.optimizer!r}; known: {', '.join(OPTIMIZERS)}")
         given: object = self.step
         if given is None:
@@ -138,16 +129,16 @@ class Editor:
             if value is None and name in ("momentum", "retention"):
                 continue
             if type(value) not in (int, float) or not least <= value <= most:
-                raise UsageError(f"editor {name} is {value}; it must be a number from {least} to {most:g}")
+                raise UsageError(f"editor {name} is {value!r}; it must be a number from {least} to {most:g}")
         for name, most in (("chunk", MAX_CHUNK), ("steps", _MAX_STEPS)):
             value = getattr(self, name)
             if not (type(value) is int and 1 <= value <= most):
-                raise UsageError(f"editor {name} is {value}; it must be an integer from 1 to {most}")
+                raise UsageError(f"editor {name} is {value!r}; it must be an integer from 1 to {most}")
 
     def _check_decays(self) -> None:
         for name in ("momentum", "retention", "floor"):
             unset = 0.0 if name == "floor" else None
-            if getattr(self, name) != unset and name not in _DECAYS[self.optimizer]:
+            if getattr(self, name) != unset and name not in settings(self.optimizer):
                 raise UsageError(f"editor {name}: the optimizer {self.optimizer} has none")
         most = _LARGEST_MOMENTUM.get(self.optimizer, 1)
         if self.momentum is not None and self.momentum > most:

@@ -2,12 +2,14 @@
 
 An optimizer is pure: it is given a memory's value, its gradient and what it kept of earlier steps, and
 returns new arrays, so that a step that is refused needs no undoing. A new one is a class with
-``moments`` and ``step``, and a line in :data:`OPTIMIZERS`.
+``moments`` and ``step``, and an entry in :data:`OPTIMIZERS`, which a program may make, too.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -187,14 +189,23 @@ class Adagrad:
         return np.float32(self.retention) * value - moved, {"square": square}
 
 
-OPTIMIZERS: dict[str, type[Sgd | Titans | Adam | Muon | Adagrad]] = {
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "sgd": Sgd,
     "adagrad": Adagrad,
     "titans": Titans,
     "adam": Adam,
     "muon": Muon,
 }
-"""By the name that an editor gives."""
+"""By the name that an editor gives: from ``size``, the step, and those of ``momentum``, ``retention`` and
+``floor`` that its signature names. An editor can set these and no others.
+"""
+
+
+def settings(name: str) -> tuple[str, ...]:
+    """What an editor can set of an optimizer besides its step."""
+    taken = inspect.signature(OPTIMIZERS[name]).parameters
+    return tuple(setting for setting in ("momentum", "retention", "floor") if setting in taken)
+
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _ROUNDS = 5

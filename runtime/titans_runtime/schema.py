@@ -13,7 +13,7 @@ import types
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from titans_runtime.editor import MAX_CHUNK, MAX_STEP, OPTIMIZERS, Editor
+from titans_runtime.editor import MAX_CHUNK, MAX_STEP, Editor
 from titans_runtime.files import write_atomically
 from titans_runtime.manifest import (
     DTYPES,
@@ -31,6 +31,7 @@ from titans_runtime.manifest import (
     StateSpec,
     TensorSpec,
 )
+from titans_runtime.optimizers import OPTIMIZERS
 from titans_runtime.snapshot import Snapshot
 from titans_runtime.state import FORMAT_VERSION as MEMORY_VERSION
 

@@ -39,3 +39,15 @@ def test_memories_of_two_bundles_are_refused(model: tr.Model) -> None:
     snapshot = model.session().snapshot()
     with pytest.raises(tr.StateError, match="memories of two bundles"):
         tr.compare(snapshot, replace(snapshot, bundle="0" * 64))
+
+
+def test_sessions_are_compared_as_they_are(model: tr.Model) -> None:
+    session = model.session(0.5, None)
+    session.append(b"one")
+    twin = session.fork()
+    assert not any(difference.changed for difference in tr.compare(session, twin))
+    twin.append(b" more")
+    assert tr.compare(session, twin) == tr.compare(session.snapshot(), twin.snapshot())
+    assert any(difference.changed for difference in tr.compare(session, twin))
+    with pytest.raises(tr.UsageError, match="not a str"):
+        tr.compare("a.memory", session)  # type: ignore[arg-type]

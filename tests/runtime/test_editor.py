@@ -93,7 +93,7 @@ def test_the_objective_names_the_graph() -> None:
         ({"step": 1e7}, "step is 10000000.0"),
         ({"step": math.nan}, "step is nan"),
         ({"step": math.inf}, "step is inf"),
-        ({"step": "1"}, "step is 1"),
+        ({"step": "1"}, "step is '1'"),
         ({"step": None}, "step is null; leave it out, or give a number"),
         ({"step": True}, "step is True"),
         ({"chunk": 0}, "chunk is 0; it must be an integer from 1 to 1024"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 
-from titans_runtime.backends import Array
+import titans_runtime as tr
+from titans_runtime.backends import Array, Arrays
 from titans_runtime.optimizers import (
     OPTIMIZERS,
     Adagrad,
@@ -107,7 +109,30 @@ def test_newton_schulz_draws_singular_values_towards_one(shape: tuple[int, ...])
     assert values.max() < 1.3
 
 
-def test_every_optimizer_has_the_names_that_editors_know() -> None:
-    from titans_runtime import editor
+@dataclass(frozen=True)
+class Sign:
+    """A step of one length in every number."""
 
-    assert tuple(OPTIMIZERS) == editor.OPTIMIZERS
+    size: float = 1.0
+    retention: float = 1.0
+    moments: tuple[str, ...] = ()
+
+    def step(self, value: Array, given: Step) -> tuple[Array, Arrays]:
+        moved = np.float32(self.size) * np.sign(given.gradient)
+        return np.float32(self.retention) * value - moved, {}
+
+
+def test_a_program_adds_an_optimizer(model: tr.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(tr.UsageError, match="'sign'"):
+        tr.Editor(objective="association", optimizer="sign")
+    monkeypatch.setitem(OPTIMIZERS, "sign", Sign)
+    with pytest.raises(tr.UsageError, match="momentum: the optimizer sign has none"):
+        tr.Editor(objective="association", optimizer="sign", momentum=0.5)
+    editor = tr.Editor(objective="association", optimizer="sign", step=0.125, retention=0.5, chunk=4)
+    edited, plain = model.session(editor=editor), model.session(editor=None)
+    assert editor.to_dict()["optimizer"] == "sign"
+    for session in (edited, plain):
+        session.append(b"one, two,")
+    assert edited.last_edit is not None
+    assert [lesson.steps for lesson in edited.last_edit.lessons] == [1, 1]
+    assert any(difference.changed for difference in tr.compare(edited, plain))
