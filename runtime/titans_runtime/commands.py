@@ -95,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
     _check_outputs(args, {"--state-out": args.state_out, "--report": args.report, "--log": args.log})
     session = _open_session(args)
     _require_bytes(session, "run")
+    if args.log:
+        _require_editor(session, "--log")
     session.log = EditLog()
     unedited = _unedited(session) if args.report else None
     prepared = _prepare(session, context, args.passes or 1)
@@ -144,8 +146,7 @@ def _prepare(session: Session, context: bytes, passes: int) -> dict[str, Any]:
     """Learn from a context, if there is one, and say what came of it."""
     if not context:
         return {}
-    if session.editor is None:
-        raise UsageError("--prepare: nothing would learn from it; give an editor, as in --editor readout")
+    _require_editor(session, "--prepare")
     with progress_counter(passes * len(context), "preparing", "B", scaled=True) as watch:
         reports = session.prepare(context, passes, watch=watch)
     return {
@@ -177,6 +178,8 @@ def generate(args: argparse.Namespace) -> int:
     _check_outputs(args, {"--state-out": args.state_out})
     session = _open_session(args)
     _require_bytes(session, "generate")
+    if args.learn:
+        _require_editor(session, "--learn")
     _prepare(session, context, args.passes or 1)
     prompt = args.prompt.encode("utf-8", "surrogateescape")  # the bytes as they were typed
     if prompt:
@@ -225,7 +228,16 @@ def _open_session(args: argparse.Namespace) -> Session:
     if args.no_edit:
         return model.session(edit=0.0, editor=None)
     editor = RECOMMENDED if args.editor is None else _editor(args.editor)
-    return model.session(RECOMMENDED if args.edit is None else args.edit, editor)
+    session = model.session(RECOMMENDED if args.edit is None else args.edit, editor)
+    if not (chosen or session.editor or any(session.edit)):
+        note = "titans: this bundle recommends no editing, so nothing is learnt; try --editor readout"
+        print(note, file=sys.stderr)
+    return session
+
+
+def _require_editor(session: Session, option: str) -> None:
+    if session.editor is None:
+        raise UsageError(f"{option}: nothing would learn; give an editor, as in --editor readout")
 
 
 def _check_outputs(args: argparse.Namespace, outputs: dict[str, Path | None]) -> None:

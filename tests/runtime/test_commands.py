@@ -307,3 +307,29 @@ def test_the_page_of_a_prepared_run_compares_with_reading_alone(
     points = [float(x) for x in re.findall(r"([0-9.]+),[0-9.]+", chart[: chart.index("</svg>")])]
     assert min(points) < 20, "the first lesson stands at the beginning of the text"
     assert max(points) <= 960
+
+
+def test_a_bundle_that_recommends_no_editing_says_so(titans: Titans, bundle_copy: Path, text: Path) -> None:
+    change_manifest(bundle_copy, lambda content: content["recommended"].update(edit=0.0, editor=None))
+    outcome = titans("run", bundle_copy, text)
+    assert outcome.code == 0
+    assert (
+        outcome.err
+        == "titans: this bundle recommends no editing, so nothing is learnt; try --editor readout\n"
+    )
+    for options in (("--no-edit",), ("--editor", "readout"), ("--edit", 1)):
+        assert titans("run", bundle_copy, text, *options).err == ""
+
+
+def test_what_would_learn_nothing_is_refused(
+    titans: Titans, tiny_bundle: Path, text: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "log.jsonl"
+    for command in (
+        ("run", tiny_bundle, text, "--no-edit", "--log", log),
+        ("generate", tiny_bundle, "--prompt", "a", "--no-edit", "--learn"),
+    ):
+        outcome = titans(*command)
+        assert outcome.code == 2
+        assert "nothing would learn; give an editor, as in --editor readout" in outcome.err
+    assert not log.exists()
