@@ -31,6 +31,11 @@ def register(subparsers: Subparsers) -> None:
     _add_demo(subparsers)
 
 
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, metavar="CHECKPOINT")
+    parser.add_argument("--force", action="store_true", help="replace the checkpoint that --out holds")
+
+
 def _add_train(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("train", help="train a model on text; resumes where it was killed")
     parser.add_argument(
@@ -40,7 +45,7 @@ def _add_train(subparsers: Subparsers) -> None:
         metavar="PATH",
         help="files or folders; 'stdlib' is the standard library's sources",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="CHECKPOINT")
+    _add_checkpoint(parser)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="nano")
     _add_overrides(parser)
     parser.add_argument(
@@ -73,10 +78,12 @@ def _train(args: argparse.Namespace) -> int:
         raise UsageError(f"--edit {args.edit}: must lie between 0 and 1")
     import torch
 
+    from titans_export.training.checkpoint import refuse_replacing
     from titans_export.training.data import load_corpus
     from titans_export.training.loop import TrainingConfig, train
     from titans_runtime.progress import progress_bar
 
+    refuse_replacing(args.out, args.force, resumes=True)
     if args.threads:
         torch.set_num_threads(args.threads)
     config = TrainingConfig(
@@ -119,7 +126,7 @@ def _add_init(subparsers: Subparsers) -> None:
     parser.add_argument("--preset", choices=sorted(PRESETS), default="base")
     _add_overrides(parser)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True, metavar="CHECKPOINT")
+    _add_checkpoint(parser)
     parser.set_defaults(handler=_init)
 
 
@@ -127,10 +134,13 @@ def _init(args: argparse.Namespace) -> int:
     import torch
 
     from titans_export.model import TitansModel
-    from titans_export.training.checkpoint import save_checkpoint
+    from titans_export.training.checkpoint import PROGRESS_FILE, forget, refuse_replacing, save_checkpoint
 
+    refuse_replacing(args.out, args.force)
     torch.manual_seed(args.seed)
-    save_checkpoint(TitansModel(overridden(PRESETS[args.preset], args.set)), args.out)
+    model = TitansModel(overridden(PRESETS[args.preset], args.set))
+    forget(args.out, PROGRESS_FILE)
+    save_checkpoint(model, args.out)
     print(args.out)
     return 0
 
@@ -139,7 +149,7 @@ def _add_import(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("import", help="turn another library's checkpoint into one of ours")
     parser.add_argument("library", choices=("titans-pytorch",))
     parser.add_argument("file", type=Path, metavar="FILE", help="a state dict: torch.save or safetensors")
-    parser.add_argument("--out", type=Path, required=True, metavar="CHECKPOINT")
+    _add_checkpoint(parser)
     parser.add_argument(
         "--config",
         type=Path,
@@ -158,7 +168,7 @@ def _add_import(subparsers: Subparsers) -> None:
 def _import(args: argparse.Namespace) -> int:
     from titans_export.importers.titans_pytorch.checkpoint import import_checkpoint
 
-    found = import_checkpoint(args.file, args.out, args.config, args.tokenizer, args.entry)
+    found = import_checkpoint(args.file, args.out, args.config, args.tokenizer, args.entry, args.force)
     _note(f"{found.kind}: {found.tensors} tensors, all accounted for; {found.parameters:,} parameters")
     print(args.out)
     return 0
