@@ -7,11 +7,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from titans_export.memory.tiles import MemoryForm
 from titans_runtime.errors import DataError, UsageError
 from titans_runtime.json_reader import parse_object
+
+if TYPE_CHECKING:
+    from titans_export.memory.tiles import MemoryForm
 
 ARCHITECTURES = ("lmm", "mac", "mag", "mal")
 _POSITIVE = (
@@ -129,6 +131,8 @@ class ModelConfig:
     @property
     def memory_form(self) -> MemoryForm:
         """Kind of the memory."""
+        from titans_export.memory.tiles import MemoryForm  # with torch, which most commands do not need
+
         return MemoryForm(self.memory_depth, self.momentum, self.period)
 
     @property
