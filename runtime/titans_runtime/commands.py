@@ -58,6 +58,9 @@ def inspect(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
+    for path in (args.path, args.other):
+        if path.is_dir():
+            raise UsageError(f"inspect {path}: is a folder; only memories are compared: give two files")
     one, other = read_snapshot(args.path), read_snapshot(args.other)
     differences = compare(one, other)
     memories: list[dict[str, Any]] = [

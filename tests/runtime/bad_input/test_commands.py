@@ -117,7 +117,9 @@ def test_the_memory_that_was_read_may_be_written(
     [
         (("inspect", "{nowhere}", "{memory}"), 3, "{nowhere}: cannot be read (No such file or directory)"),
         (("inspect", "{memory}", "{nowhere}"), 3, "{nowhere}: cannot be read (No such file or directory)"),
-        (("inspect", "{bundle}", "{memory}"), 3, "{bundle}: cannot be read (Is a directory)"),
+        (("inspect", "{bundle}", "{memory}"), 2, "inspect {bundle}: is a folder; only memories are compared"),
+        (("inspect", "{memory}", "{bundle}"), 2, "inspect {bundle}: is a folder; only memories are compared"),
+        (("inspect", "{bundle}", "{bundle}"), 2, "inspect {bundle}: is a folder; only memories are compared"),
         (("inspect", "{memory}", "{text}"), 3, "{text}: no memory file of this project, or damaged"),
         (("bench", "{nowhere}"), 3, "{nowhere}: no bundle; expected a folder with titans.json"),
         (("engine", "{nowhere}"), 3, "{nowhere}: no bundle; expected a folder with titans.json"),
