@@ -16,7 +16,7 @@ from titans_runtime.bench.report import Record, record, to_csv, to_json, to_mark
 from titans_runtime.bundle import open_bundle
 from titans_runtime.editor import Editor
 from titans_runtime.errors import EnvironmentProblem, UsageError
-from titans_runtime.files import write_atomically
+from titans_runtime.files import why_unwritable, write_output
 from titans_runtime.progress import progress_bar
 
 Value = TypeVar("Value", int, float)
@@ -116,18 +116,22 @@ def _formats(args: argparse.Namespace) -> list[str]:
             raise UsageError(f"-o {name}: unknown; there are {', '.join(FORMATS)}")
     if "plot" in formats and args.out is None:
         raise UsageError("-o plot: give --out STEM, to write STEM.png")
-    if args.out is not None and not args.out.parent.is_dir():
-        raise UsageError(f"--out {args.out}: no such folder {args.out.parent}")
+    for path in _files(args.out, formats) if args.out is not None else ():
+        if reason := why_unwritable(path):
+            raise UsageError(f"--out {args.out}: {reason}")
     return formats
+
+
+def _files(out: Path, formats: Sequence[str]) -> list[Path]:
+    return [out.with_name(f"{out.name}.{'png' if name == 'plot' else name}") for name in formats]
 
 
 def _publish(content: Record, formats: Sequence[str], out: Path | None) -> str:
     if out is None:
         return "\n".join(_TEXT[name](content) for name in formats)
     written = []
-    for name in formats:
-        path = out.with_name(f"{out.name}.{'png' if name == 'plot' else name}")
-        write_atomically(path, _content(name, content))
+    for name, path in zip(formats, _files(out, formats), strict=True):
+        write_output(path, _content(name, content))
         written.append(str(path))
     return "\n".join(written)
 
