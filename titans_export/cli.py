@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from titans_export.config import PRESETS, overridden
+from titans_export.config import BYTES, PRESETS, ModelConfig, overridden
 from titans_runtime.errors import UsageError
 from titans_runtime.manifest import FORMATS as TWINS
 
@@ -76,6 +76,7 @@ def _train(args: argparse.Namespace) -> int:
         raise UsageError(f"--learning-rate {args.learning_rate}: must be a positive number")
     if not 0 <= args.edit <= 1:
         raise UsageError(f"--edit {args.edit}: must lie between 0 and 1")
+    model = _config(args)
     import torch
 
     from titans_export.training.checkpoint import refuse_replacing
@@ -99,7 +100,7 @@ def _train(args: argparse.Namespace) -> int:
         compiled=args.compile,
     )
     train(
-        overridden(PRESETS[args.preset], args.set),
+        model,
         config,
         load_corpus(args.data),
         args.out,
@@ -121,6 +122,16 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _config(args: argparse.Namespace) -> ModelConfig:
+    """The config that ``--preset`` and ``--set`` ask for, of a model that reads text."""
+    config = overridden(PRESETS[args.preset], args.set)
+    if config.vocab_size != BYTES:
+        raise UsageError(
+            f"--set vocab_size={config.vocab_size}: text is bytes, so it must be {BYTES}; leave it out"
+        )
+    return config
+
+
 def _add_init(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("init", help="write a checkpoint with random weights, for latency work")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="base")
@@ -131,6 +142,7 @@ def _add_init(subparsers: Subparsers) -> None:
 
 
 def _init(args: argparse.Namespace) -> int:
+    config = _config(args)
     import torch
 
     from titans_export.model import TitansModel
@@ -138,7 +150,7 @@ def _init(args: argparse.Namespace) -> int:
 
     refuse_replacing(args.out, args.force)
     torch.manual_seed(args.seed)
-    model = TitansModel(overridden(PRESETS[args.preset], args.set))
+    model = TitansModel(config)
     forget(args.out, PROGRESS_FILE)
     save_checkpoint(model, args.out)
     print(args.out)
