@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from titans_export.config import BYTES, PRESETS, ModelConfig, overridden
+from titans_runtime.backends.choose import check_threads
 from titans_runtime.errors import UsageError
 from titans_runtime.manifest import FORMATS as TWINS
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[Any]
 
+_MOST = 10**9  # steps, or bytes of a step
+_MOST_SEED = 2**63 - 1
 FORMATS = ("onnx", *TWINS, "tensorrt")
 
 # torch is imported by the handlers, not here: `titans --help` must answer at once.
@@ -66,12 +69,9 @@ def _add_train(subparsers: Subparsers) -> None:
 
 def _train(args: argparse.Namespace) -> int:
     for name in ("steps", "batch", "segment", "save_every", "validate_every"):
-        if getattr(args, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
-    if args.threads is not None and args.threads < 1:
-        raise UsageError(f"--threads {args.threads}: must be 1 or more")
-    if args.seed < 0:
-        raise UsageError(f"--seed {args.seed}: must be 0 or more")
+        _check_number(args, name, 1, _MOST)
+    _check_number(args, "seed", 0, _MOST_SEED)
+    check_threads(args.threads)
     if not 0 < args.learning_rate < math.inf:
         raise UsageError(f"--learning-rate {args.learning_rate}: must be a positive number")
     if not 0 <= args.edit <= 1:
@@ -112,6 +112,13 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_number(args: argparse.Namespace, name: str, least: int, most: int) -> None:
+    value, option = getattr(args, name), name.replace("_", "-")
+    if not least <= value <= most:
+        what = f"{least} or more" if value < least else f"{most} or less"
+        raise UsageError(f"--{option} {value}: must be {what}")
+
+
 def _add_overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set",
@@ -142,6 +149,7 @@ def _add_init(subparsers: Subparsers) -> None:
 
 
 def _init(args: argparse.Namespace) -> int:
+    _check_number(args, "seed", 0, _MOST_SEED)
     config = _config(args)
     import torch
 

@@ -42,3 +42,24 @@ def test_text_is_bytes(command: str, size: int, tmp_path: Path, capsys: pytest.C
     assert _refused(command, ["--set", f"vocab_size={size}"], tmp_path, capsys) == (
         f"titans: --set vocab_size={size}: text is bytes, so it must be 256; leave it out"
     )
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        ("train", ["--seed", str(10**23)], f"--seed {10**23}: must be 9223372036854775807 or less"),
+        ("init", ["--seed", str(10**23)], f"--seed {10**23}: must be 9223372036854775807 or less"),
+        ("init", ["--seed", "-1"], "--seed -1: must be 0 or more"),
+        ("train", ["--threads", "100000"], "threads is 100000; it must be an integer, 1 to 1024"),
+        ("train", ["--steps", str(10**30)], f"--steps {10**30}: must be 1000000000 or less"),
+        (
+            "init",
+            ["--set", f"layers={10**23}"],
+            f"--set: config: layers is {10**23}; it must be 1024 or less",
+        ),
+    ],
+)
+def test_numbers_have_limits(
+    command: str, options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _refused(command, options, tmp_path, capsys) == f"titans: {message}"

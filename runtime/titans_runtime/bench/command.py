@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from titans_runtime.backends.choose import check_threads
 from titans_runtime.bench.measure import Absent, Case, Contestant, Measurement, cases, measure
 from titans_runtime.bench.options import FORMATS, REFERENCE
 from titans_runtime.bench.peers import Job, find_loader, known_backends
@@ -46,6 +47,8 @@ def run_bench(args: argparse.Namespace, command: str) -> tuple[str, bool]:
         _numbers("-e", args.edit, float, 0),
     )
     threads = _numbers("-t", args.threads, int, 1)
+    for count in threads:
+        check_threads(count)
     if any(case.edit > 1 for case in wanted):
         raise UsageError(f"-e {args.edit}: must lie between 0 and 1")
     total = Measurement()
