@@ -9,13 +9,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from titans_export.config import PRESETS, overridden
+from titans_export.config import BYTES, PRESETS, ModelConfig, overridden
+from titans_runtime.backends.choose import check_threads
 from titans_runtime.errors import UsageError
 from titans_runtime.manifest import FORMATS as TWINS
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[Any]
 
+_MOST = 10**9  # steps, or bytes of a step
+_MOST_SEED = 2**63 - 1
 FORMATS = ("onnx", *TWINS, "tensorrt")
 
 # torch is imported by the handlers, not here: `titans --help` must answer at once.
@@ -31,6 +34,11 @@ def register(subparsers: Subparsers) -> None:
     _add_demo(subparsers)
 
 
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, metavar="CHECKPOINT")
+    parser.add_argument("--force", action="store_true", help="replace the checkpoint that --out holds")
+
+
 def _add_train(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("train", help="train a model on text; resumes where it was killed")
     parser.add_argument(
@@ -40,7 +48,7 @@ def _add_train(subparsers: Subparsers) -> None:
         metavar="PATH",
         help="files or folders; 'stdlib' is the standard library's sources",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="CHECKPOINT")
+    _add_checkpoint(parser)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="nano")
     _add_overrides(parser)
     parser.add_argument(
@@ -61,22 +69,22 @@ def _add_train(subparsers: Subparsers) -> None:
 
 def _train(args: argparse.Namespace) -> int:
     for name in ("steps", "batch", "segment", "save_every", "validate_every"):
-        if getattr(args, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
-    if args.threads is not None and args.threads < 1:
-        raise UsageError(f"--threads {args.threads}: must be 1 or more")
-    if args.seed < 0:
-        raise UsageError(f"--seed {args.seed}: must be 0 or more")
+        _check_number(args, name, 1, _MOST)
+    _check_number(args, "seed", 0, _MOST_SEED)
+    check_threads(args.threads)
     if not 0 < args.learning_rate < math.inf:
         raise UsageError(f"--learning-rate {args.learning_rate}: must be a positive number")
     if not 0 <= args.edit <= 1:
         raise UsageError(f"--edit {args.edit}: must lie between 0 and 1")
+    model = _config(args)
     import torch
 
+    from titans_export.training.checkpoint import refuse_replacing
     from titans_export.training.data import load_corpus
     from titans_export.training.loop import TrainingConfig, train
     from titans_runtime.progress import progress_bar
 
+    refuse_replacing(args.out, args.force, resumes=True)
     if args.threads:
         torch.set_num_threads(args.threads)
     config = TrainingConfig(
@@ -92,7 +100,7 @@ def _train(args: argparse.Namespace) -> int:
         compiled=args.compile,
     )
     train(
-        overridden(PRESETS[args.preset], args.set),
+        model,
         config,
         load_corpus(args.data),
         args.out,
@@ -102,6 +110,13 @@ def _train(args: argparse.Namespace) -> int:
     )
     print(args.out)
     return 0
+
+
+def _check_number(args: argparse.Namespace, name: str, least: int, most: int) -> None:
+    value, option = getattr(args, name), name.replace("_", "-")
+    if not least <= value <= most:
+        what = f"{least} or more" if value < least else f"{most} or less"
+        raise UsageError(f"--{option} {value}: must be {what}")
 
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:
@@ -114,23 +129,38 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _config(args: argparse.Namespace) -> ModelConfig:
+    """The config that ``--preset`` and ``--set`` ask for, of a model that reads text."""
+    config = overridden(PRESETS[args.preset], args.set)
+    if config.vocab_size != BYTES:
+        raise UsageError(
+            f"--set vocab_size={config.vocab_size}: text is bytes, so it must be {BYTES}; leave it out"
+        )
+    return config
+
+
 def _add_init(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("init", help="write a checkpoint with random weights, for latency work")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="base")
     _add_overrides(parser)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True, metavar="CHECKPOINT")
+    _add_checkpoint(parser)
     parser.set_defaults(handler=_init)
 
 
 def _init(args: argparse.Namespace) -> int:
+    _check_number(args, "seed", 0, _MOST_SEED)
+    config = _config(args)
     import torch
 
     from titans_export.model import TitansModel
-    from titans_export.training.checkpoint import save_checkpoint
+    from titans_export.training.checkpoint import PROGRESS_FILE, forget, refuse_replacing, save_checkpoint
 
+    refuse_replacing(args.out, args.force)
     torch.manual_seed(args.seed)
-    save_checkpoint(TitansModel(overridden(PRESETS[args.preset], args.set)), args.out)
+    model = TitansModel(config)
+    forget(args.out, PROGRESS_FILE)
+    save_checkpoint(model, args.out)
     print(args.out)
     return 0
 
@@ -139,7 +169,7 @@ def _add_import(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("import", help="turn another library's checkpoint into one of ours")
     parser.add_argument("library", choices=("titans-pytorch",))
     parser.add_argument("file", type=Path, metavar="FILE", help="a state dict: torch.save or safetensors")
-    parser.add_argument("--out", type=Path, required=True, metavar="CHECKPOINT")
+    _add_checkpoint(parser)
     parser.add_argument(
         "--config",
         type=Path,
@@ -158,7 +188,7 @@ def _add_import(subparsers: Subparsers) -> None:
 def _import(args: argparse.Namespace) -> int:
     from titans_export.importers.titans_pytorch.checkpoint import import_checkpoint
 
-    found = import_checkpoint(args.file, args.out, args.config, args.tokenizer, args.entry)
+    found = import_checkpoint(args.file, args.out, args.config, args.tokenizer, args.entry, args.force)
     _note(f"{found.kind}: {found.tensors} tensors, all accounted for; {found.parameters:,} parameters")
     print(args.out)
     return 0

@@ -7,17 +7,23 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from titans_export.memory.tiles import MemoryForm
 from titans_runtime.errors import DataError, UsageError
 from titans_runtime.json_reader import parse_object
+
+if TYPE_CHECKING:
+    from titans_export.memory.tiles import MemoryForm
 
 ARCHITECTURES = ("lmm", "mac", "mag", "mal")
 _POSITIVE = (
     "vocab_size", "d_model", "layers", "heads", "head_dim", "d_ff", "tile", "memory_expansion", "period",
     "segment", "persistent",
 )  # fmt: skip
+_MOST = {"vocab_size": 2**24, "layers": 1024, "readout_buckets": 2**24}
+_MOST_OTHERWISE = 2**16
+_MOST_CONTEXT = 1024
+_MOST_NUMBERS = 2**32  # of weights and of one memory: 16 GiB
 _MAX_DEPTH = 4
 _LISTS: tuple[str, ...] = ("readout_contexts", "readout_words")
 BYTES = 256
@@ -93,9 +99,7 @@ class ModelConfig:
         if self.architecture not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
             raise UsageError(f"config: architecture is {self.architecture!r}; known: {known}")
-        for name in _POSITIVE:
-            if getattr(self, name) < 1:
-                raise UsageError(f"config: {name} is {getattr(self, name)}; it must be 1 or more")
+        self._check_ranges()
         if not 0 <= self.memory_depth <= _MAX_DEPTH:
             raise UsageError(f"config: memory_depth is {self.memory_depth}; it must be 0 to {_MAX_DEPTH}")
         if self.memory_depth and not self.learned_memory:
@@ -111,6 +115,25 @@ class ModelConfig:
         if self.conv_kernel < 2:
             raise UsageError(f"config: conv_kernel is {self.conv_kernel}; it must be 2 or more")
         self._check_readout()
+        if self._numbers > _MOST_NUMBERS:
+            raise UsageError(
+                f"config: about {self._numbers:.2g} weights and numbers of a memory; "
+                f"at most {_MOST_NUMBERS:.2g} fit, make it smaller"
+            )
+
+    def _check_ranges(self) -> None:
+        for name in _POSITIVE:
+            if getattr(self, name) < 1:
+                raise UsageError(f"config: {name} is {getattr(self, name)}; it must be 1 or more")
+        for name in (*_POSITIVE, "conv_kernel", "window", "readout_buckets"):
+            most = _MOST.get(name, _MOST_OTHERWISE)
+            if getattr(self, name) > most:
+                raise UsageError(f"config: {name} is {getattr(self, name)}; it must be {most} or less")
+        for name in _LISTS:
+            if any(n > _MOST_CONTEXT for n in getattr(self, name)):
+                raise UsageError(
+                    f"config: {name} holds {max(getattr(self, name))}; at most {_MOST_CONTEXT} each"
+                )
 
     def _check_readout(self) -> None:
         lengths = self.readout_contexts
@@ -122,6 +145,18 @@ class ModelConfig:
             raise UsageError(f"config: readout_words need a vocabulary of {BYTES} bytes")
 
     @property
+    def _numbers(self) -> int:
+        """Weights and numbers of one memory, near enough to tell what no machine holds."""
+        width, memory = self.d_model, self.inner * self.head_dim
+        memory *= 1 + self.memory_depth * self.memory_expansion
+        layer = width * (4 * self.inner + 2 * self.d_ff + self.persistent) + 3 * self.inner * self.conv_kernel
+        return (
+            self.layers * (layer + memory)
+            + (2 * width + self.readout_height) * self.vocab_size
+            + width * width
+        )
+
+    @property
     def inner(self) -> int:
         """Width of all heads together."""
         return self.heads * self.head_dim
@@ -129,6 +164,8 @@ class ModelConfig:
     @property
     def memory_form(self) -> MemoryForm:
         """Kind of the memory."""
+        from titans_export.memory.tiles import MemoryForm  # with torch, which most commands do not need
+
         return MemoryForm(self.memory_depth, self.momentum, self.period)
 
     @property

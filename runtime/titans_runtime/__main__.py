@@ -1,5 +1,5 @@
 """``python -m titans_runtime`` is the command ``titans``."""
 
-from titans_runtime.cli import main
+from titans_command import main
 
 raise SystemExit(main())

@@ -33,8 +33,8 @@ _INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. A user's mistake is one or two lines on stderr."""
     _print_any_text()
-    parser = _parser()
     try:
+        parser = _parser()
         args = parser.parse_args(arguments)
         if not hasattr(args, "handler"):
             parser.print_help()

@@ -18,7 +18,7 @@ from titans_runtime.bundle import MANIFEST_NAME, open_bundle
 from titans_runtime.compare import Difference, compare
 from titans_runtime.editor import Editor, specification
 from titans_runtime.errors import DataError, UsageError
-from titans_runtime.files import write_atomically
+from titans_runtime.files import why_unwritable, write_output
 from titans_runtime.forward import SEGMENT
 from titans_runtime.model import RECOMMENDED, load
 from titans_runtime.page import Page, facts_of
@@ -58,6 +58,9 @@ def inspect(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
+    for path in (args.path, args.other):
+        if path.is_dir():
+            raise UsageError(f"inspect {path}: is a folder; only memories are compared: give two files")
     one, other = read_snapshot(args.path), read_snapshot(args.other)
     differences = compare(one, other)
     memories: list[dict[str, Any]] = [
@@ -124,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
         facts = facts_of(fields, off.bits_per_token, score.bits_per_token)
         lessons = session.log.lessons[told:]  # those of the context belong to another text
         page = Page(_name(args.file), text, score.bits, off.bits, lessons, facts, began)
-        write_atomically(args.report, page.render().encode("utf-8", "replace"))
+        write_output(args.report, page.render().encode("utf-8", "replace"))
     _print_fields(fields, args.json)
     return 0
 
@@ -248,10 +251,8 @@ def _check_outputs(args: argparse.Namespace, outputs: dict[str, Path | None]) ->
     for option, path in outputs.items():
         if path is None:
             continue
-        if not path.parent.is_dir():
-            raise UsageError(f"{option} {path}: no such folder {path.parent}")
-        if path.is_dir():
-            raise UsageError(f"{option} {path}: is a folder; name a file")
+        if reason := why_unwritable(path):
+            raise UsageError(f"{option} {path}: {reason}")
         if path.resolve().is_relative_to(args.bundle.resolve()):
             raise UsageError(f"{option} {path}: lies in the bundle, which must stay as it is; name another")
         if option != "--state-out" and args.state_in is not None:

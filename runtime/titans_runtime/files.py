@@ -14,10 +14,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from titans_runtime.errors import EnvironmentProblem
+from titans_runtime.errors import EnvironmentProblem, UsageError
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_IRREGULAR = "is a pipe, a device or the like; name a file"
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)  # of the kernel, or of the file system
 
 
@@ -44,6 +45,40 @@ def write_atomically(path: Path, content: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def write_output(path: Path, content: bytes) -> None:
+    """:func:`write_atomically` for a name that a person gives: a link stays, its target is replaced.
+
+    Raises:
+        UsageError: it names a pipe, a device or the like, which a rename would replace.
+        EnvironmentProblem: the folder cannot be written, or the disk is full; ``path`` is untouched.
+    """
+    target = Path(os.path.realpath(path))
+    if _is_irregular(target):
+        raise UsageError(f"{path}: {_IRREGULAR}")
+    write_atomically(target, content)
+
+
+def why_unwritable(path: Path) -> str | None:
+    """Before any work: what would keep :func:`write_output` from writing a file, with the fix; or nothing."""
+    if not path.parent.is_dir():
+        return f"no such folder {path.parent}"
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        return "is a folder; name a file"
+    if _is_irregular(target):
+        return _IRREGULAR
+    if not target.parent.is_dir():
+        return f"no such folder {target.parent}"
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        return f"cannot be written, for its folder {target.parent} cannot; name another"
+    return None
+
+
+def _is_irregular(target: Path) -> bool:
+    """Whether a path, its links followed, is a pipe, a device or the like, or a link to itself."""
+    return target.is_symlink() or (target.exists() and not target.is_file() and not target.is_dir())
 
 
 def make_folder(path: Path) -> None:

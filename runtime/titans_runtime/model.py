@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from titans_runtime.backends.choose import open_backend
+from titans_runtime.backends.choose import check_threads, open_backend
 from titans_runtime.bundle import Bundle, initial_state, open_bundle
 from titans_runtime.editor import Editor
 from titans_runtime.errors import StateError, UsageError
@@ -52,10 +52,9 @@ def load(
     Raises:
         BundleError: a file is missing, altered or of an unknown format, or the bundle lacks the backend's.
         EnvironmentProblem: the backend, a provider, a device or an engine is missing.
-        UsageError: ``threads`` is no integer from 1 on, ``providers`` is no list, or the backend is unknown.
+        UsageError: ``threads`` is not 1 to 1024, ``providers`` is no list, or the backend is unknown.
     """
-    if threads is not None and not (type(threads) is int and threads >= 1):
-        raise UsageError(f"threads is {threads!r}; it must be an integer, 1 or more")
+    check_threads(threads)
     return Model(open_bundle(Path(path)), providers, threads, backend)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from titans_runtime.errors import DataError, UsageError
-from titans_runtime.files import write_atomically
+from titans_runtime.files import write_output
 from titans_runtime.json_reader import parse_object
 
 
@@ -139,7 +139,7 @@ class EditLog:
             EnvironmentProblem: the file cannot be written; an older one is untouched.
         """
         lines = [json.dumps(_finite(asdict(lesson)), allow_nan=False) + "\n" for lesson in self.lessons]
-        write_atomically(Path(path), "".join(lines).encode())
+        write_output(Path(path), "".join(lines).encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EditLog:

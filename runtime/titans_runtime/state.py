@@ -19,7 +19,7 @@ from safetensors.numpy import save as save_arrays
 
 from titans_runtime.backends import Array, Arrays
 from titans_runtime.errors import EnvironmentProblem, StateError
-from titans_runtime.files import open_without_waiting, write_atomically
+from titans_runtime.files import open_without_waiting, write_output
 from titans_runtime.json_reader import MAX_BYTES, canonical, parse_object
 from titans_runtime.manifest import Manifest
 from titans_runtime.snapshot import Snapshot
@@ -36,9 +36,10 @@ def save_snapshot(snapshot: Snapshot, path: Path) -> None:
 
     Raises:
         StateError: a value is not finite; nothing is written.
+        UsageError: ``path`` names a pipe, a device or the like.
         EnvironmentProblem: the file cannot be written; an older one is untouched.
     """
-    write_atomically(path, snapshot_bytes(snapshot))
+    write_output(path, snapshot_bytes(snapshot))
 
 
 def snapshot_bytes(snapshot: Snapshot) -> bytes:

@@ -79,6 +79,8 @@ def test_a_wheel_holds_its_package_and_nothing_else(wheels: dict[str, Path], pac
         if path.is_file() and "__pycache__" not in path.parts
     }
     shipped = {name for name in names if ".dist-info/" not in name}
+    if package == "titans_runtime":
+        expected.add("titans_command.py")  # where the command begins, before the package is loaded
     assert shipped == expected
     assert f"{package}/py.typed" in shipped
 

@@ -50,10 +50,12 @@ def test_one_name_in_place_of_a_list_is_refused(tiny_bundle: Path) -> None:
         tr.load(tiny_bundle, "CPUExecutionProvider")
 
 
-@pytest.mark.parametrize("threads", [0, -1, 1.5, True])
+@pytest.mark.parametrize("threads", [0, -1, 1.5, True, 1025, 10**23])
 def test_threads_that_cannot_be_meant_are_refused(tiny_bundle: Path, threads: int) -> None:
-    with pytest.raises(tr.UsageError, match=f"threads is {threads}; it must be an integer, 1 or more"):
+    with pytest.raises(tr.UsageError, match=f"threads is {threads}; it must be an integer, 1 to 1024"):
         tr.load(tiny_bundle, threads=threads)
+    with pytest.raises(tr.UsageError, match=f"threads is {threads}; it must be"):
+        tr.verify(tiny_bundle, threads=threads)
 
 
 def test_a_graph_that_the_bundle_lacks_is_named(model: tr.Model) -> None:

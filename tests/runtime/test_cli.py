@@ -26,6 +26,9 @@ USAGE = {
     "no edit and editor": ["run", "{bundle}", "{text}", "--no-edit", "--editor", "none"],
     "memory and edit": ["run", "{bundle}", "{text}", "--state-in", "{memory}", "--edit", "1"],
     "threads": ["run", "{bundle}", "{text}", "--threads", "0"],
+    "too many threads": ["run", "{bundle}", "{text}", "--threads", "100000"],
+    "too many threads to verify with": ["verify", "{bundle}", "--threads", "100000"],
+    "too many threads to time": ["bench", "{bundle}", "-t", "1,100000"],
     "state-out nowhere": ["run", "{bundle}", "{text}", "--state-out", "{nowhere}/memory"],
     "state-out is a folder": ["run", "{bundle}", "{text}", "--state-out", "{bundle}"],
     "no prompt": ["generate", "{bundle}"],
@@ -161,6 +164,34 @@ def test_ctrl_c_is_one_line(
 
     monkeypatch.setattr(tr.Session, "append", interrupt)
     outcome = titans("run", tiny_bundle, text)
+    assert (outcome.code, outcome.out, outcome.err) == (130, "", "titans: interrupted\n")
+
+
+@pytest.mark.parametrize("module", ["numpy", "titans_runtime", "argparse", "titans_runtime.bench.options"])
+def test_ctrl_c_while_the_command_loads_is_one_line(module: str) -> None:
+    """From the console script, at whatever it imports."""
+    program = f"""if True:
+        import sys
+        class Interrupt:
+            def find_spec(self, name, *arguments):
+                if name == {module!r}:
+                    raise KeyboardInterrupt
+        sys.modules.pop({module!r}, None)
+        sys.meta_path.insert(0, Interrupt())
+        from titans_command import main
+        sys.exit(main())"""
+    done = subprocess.run([sys.executable, "-c", program, "--version"], capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"titans: interrupted\n")
+
+
+def test_ctrl_c_while_the_commands_are_looked_up_is_one_line(
+    titans: Titans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("titans_runtime.cli.entry_points", interrupt)
+    outcome = titans("--version")
     assert (outcome.code, outcome.out, outcome.err) == (130, "", "titans: interrupted\n")
 
 

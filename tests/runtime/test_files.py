@@ -13,8 +13,8 @@ import pytest
 
 from tests.crashes import killed_at_every_step
 from titans_runtime import files
-from titans_runtime.errors import EnvironmentProblem
-from titans_runtime.files import folder_beside, replace_folder, write_atomically
+from titans_runtime.errors import EnvironmentProblem, UsageError
+from titans_runtime.files import folder_beside, replace_folder, why_unwritable, write_atomically, write_output
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 OLD, NEW = b"old" * 1000, b"new" * 2000
@@ -54,6 +54,50 @@ def test_a_killed_first_write_leaves_the_new_file_or_none(tmp_path: Path) -> Non
         )
     ]
     assert set(found) == {None, NEW}
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_an_output_goes_where_its_link_points(tmp_path: Path, exists: bool) -> None:
+    target, link = tmp_path / "there" / "file", tmp_path / "link"
+    target.parent.mkdir()
+    if exists:
+        target.write_bytes(OLD)
+    link.symlink_to(target)
+    assert why_unwritable(link) is None
+    write_output(link, NEW)
+    assert link.is_symlink()
+    assert target.read_bytes() == NEW
+    assert list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_an_output_replaces_no_pipe(tmp_path: Path, linked: bool) -> None:
+    pipe = path = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    if linked:
+        path = tmp_path / "link"
+        path.symlink_to(pipe)
+    assert why_unwritable(path) == "is a pipe, a device or the like; name a file"
+    with pytest.raises(UsageError, match="is a pipe, a device or the like; "):
+        write_output(path, NEW)
+    assert pipe.is_fifo()
+
+
+def test_an_output_replaces_no_link_to_itself(tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(link)
+    with pytest.raises(UsageError, match="is a pipe, a device or the like; "):
+        write_output(link, NEW)
+    assert link.is_symlink()
+
+
+def test_a_folder_that_cannot_be_written_is_told_beforehand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write anywhere
+    assert why_unwritable(tmp_path / "file") == (
+        f"cannot be written, for its folder {tmp_path} cannot; name another"
+    )
 
 
 def _fresh(tmp_path: Path) -> None:

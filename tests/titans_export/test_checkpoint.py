@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,14 @@ import torch
 
 from titans_export.config import PRESETS, overridden
 from titans_export.model import TitansModel
-from titans_export.training.checkpoint import load_checkpoint, read_tensors, round_to_half, save_checkpoint
+from titans_export.training.checkpoint import (
+    PROGRESS_FILE,
+    SUMMARY_FILE,
+    load_checkpoint,
+    read_tensors,
+    round_to_half,
+    save_checkpoint,
+)
 from titans_runtime import cli
 from titans_runtime.errors import DataError
 
@@ -78,3 +86,45 @@ def test_init_depends_on_its_seed_only(tmp_path: Path, capsys: pytest.CaptureFix
     assert all(torch.equal(first[name], tensor) for name, tensor in again.items())
     assert not torch.equal(first["embedding.weight"], other["embedding.weight"])
     assert load_checkpoint(tmp_path / "first").config == PRESETS["tiny"]
+
+
+# --- a folder that holds one already
+
+
+@pytest.fixture
+def trained(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "trained"
+    shutil.copytree(tiny_checkpoint, folder)
+    (folder / SUMMARY_FILE).write_text("{}", encoding="utf-8")
+    return folder
+
+
+def _content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("left", ["config.json", "weights.safetensors", PROGRESS_FILE])
+def test_init_refuses_a_folder_that_holds_a_checkpoint(
+    trained: Path, capsys: pytest.CaptureFixture[str], left: str
+) -> None:
+    """The whole of one, a part, or an unfinished training."""
+    (trained / PROGRESS_FILE).write_bytes(b"of a training")
+    for path in trained.iterdir():
+        if path.name not in (left, SUMMARY_FILE):
+            path.unlink()
+    before = _content(trained)
+    assert cli.main(["init", "--preset", "tiny", "--out", str(trained)]) == 2
+    assert capsys.readouterr().err == (
+        f"titans: --out {trained}: holds a checkpoint already ({left}); name another folder, "
+        "or replace it with --force\n"
+    )
+    assert _content(trained) == before
+
+
+def test_a_checkpoint_that_is_replaced_leaves_nothing_behind(trained: Path) -> None:
+    (trained / PROGRESS_FILE).write_bytes(b"of a training")
+    before = _content(trained)
+    assert cli.main(["init", "--preset", "tiny", "--out", str(trained), "--force"]) == 0
+    after = _content(trained)
+    assert after.keys() == {"config.json", "weights.safetensors"}
+    assert after["weights.safetensors"] != before["weights.safetensors"]

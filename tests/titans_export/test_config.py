@@ -25,6 +25,14 @@ def test_json_and_back(name: str) -> None:
     [
         ({"architecture": "mab"}, "architecture is 'mab'; known: lmm, mac, mag, mal"),
         ({"layers": 0}, "layers is 0; it must be 1 or more"),
+        ({"layers": 10**23}, "layers is 1[0]{23}; it must be 1024 or less"),
+        ({"d_model": 10**9}, "d_model is 1000000000; it must be 65536 or less"),
+        ({"readout_buckets": 10**9}, "readout_buckets is 1000000000; it must be 16777216 or less"),
+        ({"readout_contexts": [2, 10**9]}, "readout_contexts holds 1000000000; at most 1024 each"),
+        (
+            {"d_model": 60_000, "d_ff": 60_000},
+            r"about 1.8e\+10 weights and numbers of a memory; at most 4.3e\+09",
+        ),
         ({"period": 0}, "period is 0"),
         ({"segment": -1}, "segment is -1"),
         ({"persistent": 0}, "persistent is 0"),

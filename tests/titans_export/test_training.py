@@ -269,6 +269,23 @@ def test_a_damaged_saved_state_is_refused(
     assert f"{PROGRESS_FILE}: no state of a training" in foreign
 
 
+def test_a_checkpoint_is_not_trained_over(
+    texts: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not even its editing stays when it is replaced: that was chosen for other weights."""
+    out = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    arguments = ["train", "--data", str(texts), "--out", str(out), *_OPTIONS, "--steps", "1"]
+    assert cli.main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"titans: --out {out}: holds a checkpoint already (config.json); ")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert cli.main([*arguments, "--force"]) == 0
+    assert {path.name for path in out.iterdir()} == {"config.json", "weights.safetensors", SUMMARY_FILE}
+    assert (out / "weights.safetensors").read_bytes() != before["weights.safetensors"]
+
+
 # --- data that cannot be trained on
 
 

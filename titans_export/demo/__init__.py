@@ -75,7 +75,11 @@ def _held_out(checkpoint: Path) -> list[_Text]:
     path = checkpoint / "training.json"
     try:
         names: list[str] = json.loads(path.read_text(encoding="utf-8"))["held_out_files"]
-    except (OSError, ValueError, KeyError):
+    except FileNotFoundError:
+        raise DataError(
+            f"{path}: no such checkpoint; run the demo in a checkout, or give --checkpoint"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError):
         raise DataError(f"{path}: no list of held-out files; give --checkpoint a trained one") from None
     found = [stdlib_folder() / name for name in names if (stdlib_folder() / name).is_file()]
     long = sorted((file for file in found if file.stat().st_size >= _LEAST), key=lambda f: -f.stat().st_size)

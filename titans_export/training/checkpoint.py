@@ -14,14 +14,44 @@ from safetensors.torch import save as save_tensors
 from torch import nn
 
 from titans_export.config import ModelConfig
+from titans_export.editing import EDITING_FILE
 from titans_export.model import TitansModel
-from titans_runtime.errors import DataError
+from titans_runtime.errors import DataError, UsageError
 from titans_runtime.files import write_atomically
 from titans_runtime.json_reader import canonical
 
 CONFIG_FILE = "config.json"
 TENSORS_FILE = "weights.safetensors"
+PROGRESS_FILE = "training.safetensors"
+SUMMARY_FILE = "training.json"
 _CONFIG_KEY = "config"
+
+
+def refuse_replacing(folder: Path, force: bool, resumes: bool = False) -> None:
+    """Before any work: that a folder holds no checkpoint, unless it may be replaced.
+
+    Args:
+        folder: of the new checkpoint.
+        force: it may.
+        resumes: an unfinished training is gone on with, whatever lies beside it.
+
+    Raises:
+        UsageError: it holds one, or an unfinished training.
+    """
+    if force or (resumes and (folder / PROGRESS_FILE).exists()):
+        return
+    for name in (CONFIG_FILE, TENSORS_FILE, PROGRESS_FILE):
+        if (folder / name).exists():
+            raise UsageError(
+                f"--out {folder}: holds a checkpoint already ({name}); name another folder, "
+                "or replace it with --force"
+            )
+
+
+def forget(folder: Path, *names: str) -> None:
+    """Remove what says something of a checkpoint that another replaces, the files ``names`` among it."""
+    for name in (SUMMARY_FILE, EDITING_FILE, *names):
+        (folder / name).unlink(missing_ok=True)
 
 
 def save_checkpoint(model: TitansModel, folder: Path) -> None:

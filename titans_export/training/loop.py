@@ -22,6 +22,9 @@ from titans_export.memory import MemoryOutput, neural_memory
 from titans_export.model import Rules, State, TitansModel
 from titans_export.recurrence import Core, Tensors, run_core
 from titans_export.training.checkpoint import (
+    PROGRESS_FILE,
+    SUMMARY_FILE,
+    forget,
     read_metadata,
     read_tensors,
     save_checkpoint,
@@ -34,8 +37,6 @@ from titans_runtime.errors import DataError
 from titans_runtime.files import write_atomically
 from titans_runtime.json_reader import parse_object
 
-PROGRESS_FILE = "training.safetensors"
-SUMMARY_FILE = "training.json"
 _RESET_CHANCE = 1 / 16  # of a reader's state, each step: every file begins with an empty memory
 _VALIDATION_BYTES = 8192  # of each development file, while training
 
@@ -109,6 +110,7 @@ def train(
             report(f"step {trainer.step}: development {trainer.validate():.4f} bits per byte")
     model = trainer.model.eval()
     measure_whitening(model, corpus.train, config.edit, seed=config.seed)
+    forget(folder)
     save_checkpoint(model, folder)
     write_json(folder / SUMMARY_FILE, _summary(trainer, corpus, command))
     (folder / PROGRESS_FILE).unlink(missing_ok=True)

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from titans_runtime.backends import Backend
     from titans_runtime.bundle import Bundle
 
+MAX_THREADS: Final = 1024
+"""More than a machine has; far more hang ONNX Runtime, and crash PyTorch."""
 BACKENDS: Final = ("onnxruntime", "torchscript", "aoti", "tensorrt")
 
 
@@ -26,10 +28,11 @@ def open_backend(
         threads: within an operator.
 
     Raises:
-        UsageError: an unknown backend, or providers for one that has none.
+        UsageError: an unknown backend, providers for one that has none, or an impossible number of threads.
         EnvironmentProblem: a library or device that it needs is missing.
         BundleError: the bundle is damaged.
     """
+    check_threads(threads)
     if name == "onnxruntime":
         from titans_runtime.backends.onnxruntime import OnnxRuntimeBackend
 
@@ -49,3 +52,13 @@ def open_backend(
     from titans_runtime.backends.tensorrt import TensorRTBackend
 
     return TensorRTBackend(bundle, threads)
+
+
+def check_threads(threads: int | None) -> None:
+    """Refuse a number of threads that no backend can have.
+
+    Raises:
+        UsageError: it is no integer from 1 to :data:`MAX_THREADS`.
+    """
+    if threads is not None and not (type(threads) is int and 1 <= threads <= MAX_THREADS):
+        raise UsageError(f"threads is {threads!r}; it must be an integer, 1 to {MAX_THREADS}")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from titans_runtime.backends.choose import check_threads
 from titans_runtime.bench.measure import Absent, Case, Contestant, Measurement, cases, measure
 from titans_runtime.bench.options import FORMATS, REFERENCE
 from titans_runtime.bench.peers import Job, find_loader, known_backends
@@ -16,7 +17,7 @@ from titans_runtime.bench.report import Record, record, to_csv, to_json, to_mark
 from titans_runtime.bundle import open_bundle
 from titans_runtime.editor import Editor
 from titans_runtime.errors import EnvironmentProblem, UsageError
-from titans_runtime.files import write_atomically
+from titans_runtime.files import why_unwritable, write_output
 from titans_runtime.progress import progress_bar
 
 Value = TypeVar("Value", int, float)
@@ -46,6 +47,8 @@ def run_bench(args: argparse.Namespace, command: str) -> tuple[str, bool]:
         _numbers("-e", args.edit, float, 0),
     )
     threads = _numbers("-t", args.threads, int, 1)
+    for count in threads:
+        check_threads(count)
     if any(case.edit > 1 for case in wanted):
         raise UsageError(f"-e {args.edit}: must lie between 0 and 1")
     total = Measurement()
@@ -116,18 +119,22 @@ def _formats(args: argparse.Namespace) -> list[str]:
             raise UsageError(f"-o {name}: unknown; there are {', '.join(FORMATS)}")
     if "plot" in formats and args.out is None:
         raise UsageError("-o plot: give --out STEM, to write STEM.png")
-    if args.out is not None and not args.out.parent.is_dir():
-        raise UsageError(f"--out {args.out}: no such folder {args.out.parent}")
+    for path in _files(args.out, formats) if args.out is not None else ():
+        if reason := why_unwritable(path):
+            raise UsageError(f"--out {args.out}: {reason}")
     return formats
+
+
+def _files(out: Path, formats: Sequence[str]) -> list[Path]:
+    return [out.with_name(f"{out.name}.{'png' if name == 'plot' else name}") for name in formats]
 
 
 def _publish(content: Record, formats: Sequence[str], out: Path | None) -> str:
     if out is None:
         return "\n".join(_TEXT[name](content) for name in formats)
     written = []
-    for name in formats:
-        path = out.with_name(f"{out.name}.{'png' if name == 'plot' else name}")
-        write_atomically(path, _content(name, content))
+    for name, path in zip(formats, _files(out, formats), strict=True):
+        write_output(path, _content(name, content))
         written.append(str(path))
     return "\n".join(written)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,9 @@ def files(tiny_bundle: Path, text: Path, tmp_path: Path) -> dict[str, Path]:
     session.save(memory)
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to(text)
-    return {name: tmp_path / name for name in ("memory", "folder", "link", "nowhere", "new", "page")} | {
+    os.mkfifo(tmp_path / "pipe")
+    names = ("memory", "folder", "link", "pipe", "nowhere", "new", "page")
+    return {name: tmp_path / name for name in names} | {
         "text": text,
         "bundle": tiny_bundle,
     }
@@ -67,6 +70,9 @@ OUTPUTS = {
     "--report {folder}": "--report {folder}: is a folder; name a file",
     "--log {folder}": "--log {folder}: is a folder; name a file",
     "--state-out {folder}": "--state-out {folder}: is a folder; name a file",
+    "--report {pipe}": "--report {pipe}: is a pipe, a device or the like; name a file",
+    "--log {pipe}": "--log {pipe}: is a pipe, a device or the like; name a file",
+    "--state-out {pipe}": "--state-out {pipe}: is a pipe, a device or the like; name a file",
     "--state-out {text}": "--state-out {text}: is the file to score, too; name another",
     "--log {link}": "--log {link}: is the file to score, too; name another",
     "--state-out {new} --log {new}": "--log {new}: is --state-out, too; name another",
@@ -117,7 +123,9 @@ def test_the_memory_that_was_read_may_be_written(
     [
         (("inspect", "{nowhere}", "{memory}"), 3, "{nowhere}: cannot be read (No such file or directory)"),
         (("inspect", "{memory}", "{nowhere}"), 3, "{nowhere}: cannot be read (No such file or directory)"),
-        (("inspect", "{bundle}", "{memory}"), 3, "{bundle}: cannot be read (Is a directory)"),
+        (("inspect", "{bundle}", "{memory}"), 2, "inspect {bundle}: is a folder; only memories are compared"),
+        (("inspect", "{memory}", "{bundle}"), 2, "inspect {bundle}: is a folder; only memories are compared"),
+        (("inspect", "{bundle}", "{bundle}"), 2, "inspect {bundle}: is a folder; only memories are compared"),
         (("inspect", "{memory}", "{text}"), 3, "{text}: no memory file of this project, or damaged"),
         (("bench", "{nowhere}"), 3, "{nowhere}: no bundle; expected a folder with titans.json"),
         (("engine", "{nowhere}"), 3, "{nowhere}: no bundle; expected a folder with titans.json"),

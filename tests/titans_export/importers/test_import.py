@@ -239,6 +239,19 @@ def test_what_is_imported_is_not_overwritten(
     assert len(list(folder.iterdir())) == (2 if source == "weights" else 1)
 
 
+def test_a_checkpoint_is_replaced_by_force_alone(
+    memory: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out = import_file(tmp_path, memory, MEMORY_BASE)
+    assert code == 0
+    (out / "training.json").write_text("{}", encoding="utf-8")
+    assert import_file(tmp_path, memory, MEMORY_BASE)[0] == 2
+    assert f"--out {out}: holds a checkpoint already (config.json); " in error_line(capsys)
+    assert (out / "training.json").exists()
+    assert import_file(tmp_path, memory, MEMORY_BASE, "--force")[0] == 0
+    assert {path.name for path in out.iterdir()} == {"config.json", "weights.safetensors", "editing.json"}
+
+
 class _Code:
     """What a file must not run when it is read."""
 
@@ -297,7 +310,7 @@ def test_the_weights_of_another_import_are_refused(memory: Tensors, tmp_path: Pa
     """A process that is killed between the files of a checkpoint leaves those of two."""
     _, out = import_file(tmp_path, memory, MEMORY_BASE)
     weights = (out / "weights.safetensors").read_bytes()
-    import_file(tmp_path, memory, MEMORY_BASE | {"default_step_transform_max_lr": 0.5})
+    import_file(tmp_path, memory, MEMORY_BASE | {"default_step_transform_max_lr": 0.5}, "--force")
     load_exportable(out)
     (out / "weights.safetensors").write_bytes(weights)
     with pytest.raises(DataError, match=r"was saved with another config\.json than the one beside it; "):

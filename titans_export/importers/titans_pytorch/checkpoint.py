@@ -31,10 +31,13 @@ from titans_export.importers.titans_pytorch.options import (
 from titans_export.importers.titans_pytorch.versions import read_options, told_version
 from titans_export.training.checkpoint import (
     CONFIG_FILE,
+    PROGRESS_FILE,
     TENSORS_FILE,
     check_config,
+    forget,
     read_metadata,
     read_tensors,
+    refuse_replacing,
     save_weights,
     write_json,
 )
@@ -70,6 +73,7 @@ def import_checkpoint(
     config: Path | None = None,
     tokenizer: str | None = None,
     entry: str | None = None,
+    force: bool = False,
 ) -> Imported:
     """Convert a state dict of titans-pytorch.
 
@@ -79,14 +83,16 @@ def import_checkpoint(
         config: the constructor's arguments as JSON; default is the file beside ``file`` of its name.
         tokenizer: ``bytes`` or ``ids`` for a transformer, default ``ids``; a memory takes vectors.
         entry: of a file that holds a dictionary of several things, the one that is the state dict.
+        force: replace the checkpoint that ``out`` holds.
 
     Raises:
         DataError: a file is missing or damaged, or its keys or shapes are not those of the arguments.
-        UsageError: an argument cannot be represented, or does not fit the model.
+        UsageError: an argument cannot be represented, or does not fit, or ``out`` holds a checkpoint.
     """
     tensors = unwrapped(_read(file, entry))
     path = config or file.with_suffix(".json")
     _refuse_overwriting(out, file, path)
+    refuse_replacing(out, force)
     try:
         kind = recognised(tensors)
     except DataError as error:
@@ -114,6 +120,7 @@ def import_checkpoint(
         load(model, {name: _finite(name, tensor) for name, tensor in tensors.items()})
     except DataError as error:
         raise DataError(f"{file}: {error}") from None
+    forget(out, PROGRESS_FILE)
     save_imported(model, content, out)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Imported(kind, len(tensors), parameters)
