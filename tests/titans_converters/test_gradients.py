@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +200,69 @@ def test_a_memory_of_ones_own_equals_autograd(sizes: tuple[int, int]) -> None:
     answers = onnxruntime.InferenceSession(memory_answer(memory, 6).SerializeToString())
     (answer,) = answers.run(None, given | {"query": pairs["key"]})
     np.testing.assert_allclose(answer, memory.forward(weights, key).detach().numpy(), rtol=1e-4, atol=1e-4)
+
+
+class _Losing(_Layered):
+    """With the loss that a test gives."""
+
+    def __init__(self, loss: Callable[[Tensor, Tensor], object]) -> None:
+        self._loss = loss
+
+    def loss(self, weights: Mapping[str, Tensor], key: Tensor, value: Tensor) -> Tensor:
+        return self._loss(self.forward(weights, key), value)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (lambda a, v: (a - v).square().sum(), r"_Losing.loss gives shape \(\) for 11 streams of 37 tokens"),
+        (lambda a, v: (a - v).square().sum(-1), r"gives shape \(11, 37\) .* it must be \(11,\); sum over"),
+        (lambda a, v: (a - v).square().sum((1, 2)).double(), "gives torch.float64 from float32"),
+        (lambda a, v: ((a - v).sum((1, 2)), a), "_Losing.loss gives tuple: it must give one tensor"),
+    ],
+)
+def test_a_loss_that_is_not_one_number_a_stream_is_refused(
+    loss: Callable[[Tensor, Tensor], object], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words) as refused:
+        memory_gradient(_Losing(loss), 6)
+    assert "\n" not in str(refused.value)
+
+
+def test_answers_of_another_shape_are_refused() -> None:
+    class Summed(_Layered):
+        def forward(self, weights: Mapping[str, Tensor], query: Tensor) -> Tensor:
+            return super().forward(weights, query).sum(1)
+
+    with pytest.raises(ValueError, match=r"Summed.forward gives shape \(11, 6\) .* it must be \(11, 37, 6\)"):
+        memory_answer(Summed(), 6)
+
+
+def test_what_a_loss_ignores_stays_an_input() -> None:
+    class Partial(_Layered):
+        parameters: Mapping[str, tuple[int, ...]] = {**_Layered.parameters, "spare": (3,)}
+
+    class Decays(Partial):
+        def loss(self, weights: Mapping[str, Tensor], key: Tensor, value: Tensor) -> Tensor:
+            return weights["second"].square().sum((1, 2))
+
+    model = memory_gradient(Decays(), 6)
+    names = ["past.first", "past.second", "past.spare", "key", "value"]
+    assert [info.name for info in model.graph.input] == names
+    draw = np.random.default_rng(0)
+    given = {
+        info.name: draw.standard_normal((2, *shape)).astype(np.float32)
+        for info, shape in zip(model.graph.input, [(6, 10), (10, 6), (3,), (5, 6), (5, 6)], strict=True)
+    }
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    found = session.run(["grad.first", "grad.second", "grad.spare"], given)
+    np.testing.assert_allclose(found[1], 2 * given["past.second"], rtol=1e-6)
+    assert not found[0].any()
+    assert not found[2].any()
+    answers = memory_answer(Partial(), 6)
+    assert [info.name for info in answers.graph.input] == [*names[:3], "query"]
+    taken = {name: given[name] for name in names[:3]} | {"query": given["key"]}
+    onnxruntime.InferenceSession(answers.SerializeToString()).run(None, taken)
 
 
 def test_the_example_learns_what_it_is_taught() -> None:
