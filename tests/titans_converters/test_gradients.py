@@ -163,6 +163,79 @@ def test_an_operator_without_a_derivative_is_named() -> None:
     assert "Round" not in RULES
 
 
+_SLICED = """<ir_version: 10, opset_import: ["": 23]>
+    case (float[{sizes}] past_x, int64[2] starts, int64[2] ends) => (float[one] loss) {{
+        x = Identity(past_x)
+        axes = Constant<value_ints = [1, -1]>()
+        {constants}
+        y = Slice(x, starts, ends, axes)
+        mean = ReduceMean<keepdims = 1>(y, last_axis)
+        spread = Mul(y, mean)
+        flat = Reshape<allowzero = 1>(spread, flat_shape)
+        squares = Mul(flat, flat)
+        total = ReduceSum<keepdims = 0>(squares)
+        loss = Reshape(total, one_place)
+    }}"""
+_SLICE_CONSTANTS = """last_axis = Constant<value_ints = [-1]>()
+        one_place = Constant<value_ints = [1]>()
+        y_shape = Shape(y)
+        tail = Slice(y_shape, one_place, three)
+        two = Slice(y_shape, zero, one_place)
+        product = ReduceProd<keepdims = 1>(tail)
+        flat_shape = Concat<axis = 0>(two, product)"""
+
+
+def _sliced(sizes: str, constants: Mapping[str, list[int]]) -> onnx.ModelProto:
+    """The loss of what a slice takes; ``constants`` in place of inputs where its ends are known."""
+    text = _SLICED.format(sizes=sizes, constants="zero = Constant<value_ints = [0]>()")
+    text = text.replace("y = Slice(x", "three = Constant<value_ints = [3]>()\n        y = Slice(x")
+    text = text.replace("mean = ", _SLICE_CONSTANTS + "\n        mean = ", 1)
+    model = _named(onnx.parser.parse_model(text))
+    for name, numbers in constants.items():
+        (own,) = (info for info in model.graph.input if info.name == name)
+        model.graph.input.remove(own)
+        model.graph.node.insert(0, onnx.helper.make_node("Constant", [], [name], value_ints=numbers))
+    return model
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["found when it runs", "constants"])
+@pytest.mark.parametrize(
+    ("starts", "ends"),
+    [
+        ([1, 0], [3, 4]),
+        ([0, 0], [0, 4]),  # nothing, at the start
+        ([3, 0], [3, 4]),  # at the end
+        ([2, 1], [2, 3]),  # between
+        ([2, 0], [1, 4]),  # its end before its start
+        ([9, 0], [12, 4]),  # beyond the end
+        ([-1, 0], [-2, 4]),  # counted from the end
+        ([0, 4], [3, 4]),  # on the other axis
+        ([2, 3], [1, -4]),  # on both
+        ([-9, -2], [2, 99]),  # clamped
+    ],
+)
+def test_a_slice_that_takes_nothing_has_a_gradient_of_zeros(
+    starts: list[int], ends: list[int], known: bool
+) -> None:
+    constants = {"starts": starts, "ends": ends} if known else {}
+    backward = gradient(_sliced("2, 3, 4" if known else "b, n, 4", constants), ["x"], "case")
+    session = onnxruntime.InferenceSession(backward.SerializeToString())
+    x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    taken = x[:, starts[0] : ends[0], starts[1] : ends[1]]
+    loss = (taken * taken.mean(-1, keepdim=True)).square().sum()
+    (expected,) = torch.autograd.grad(loss, x)
+    given = {"past.x": x.detach().numpy(), "starts": np.array(starts), "ends": np.array(ends)}
+    inputs = {value.name: given[value.name] for value in session.get_inputs()}
+    (found,) = session.run(["grad.x"], inputs)
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_slice_backwards_is_refused() -> None:
+    model = _named(_model("minus = Neg(i1)\n        y = Slice(x, i2, i0, i1, minus)"))
+    with pytest.raises(ValueError, match="Slice is differentiated for constant axes and steps of 1"):
+        gradient(model, ["x"], "case")
+
+
 class _Layered:
     """An MLP with LayerNorm and GELU, and a loss that weighs late pairs more."""
 
