@@ -49,17 +49,23 @@ def memory_gradient(memory: Memory, width: int, name: str = "gradient.memory") -
         name: of the graph.
 
     Raises:
-        ValueError: an operator of the loss has no derivative here; the message names it.
+        ValueError: an operator of the loss has no derivative here; the message names it. Or the loss is not
+            one number a stream.
     """
     program = _program(memory, name, width, ("key", "value"), {"loss": ("batch",)})
-    return gradient(ir.to_proto(trace(program)), list(memory.parameters), name)
+    traced = ir.to_proto(trace(program))
+    return _with_inputs(gradient(traced, list(memory.parameters), name), program)
 
 
 def memory_answer(memory: Memory, width: int, name: str = "memory") -> onnx.ModelProto:
-    """The graph of a memory's answers: inputs ``past.<weight>`` and ``query``, output ``answer``."""
+    """The graph of a memory's answers: inputs ``past.<weight>`` and ``query``, output ``answer``.
+
+    Raises:
+        ValueError: the answers are not of the queries' shape.
+    """
     answer: dict[str, Axes] = {"answer": ("batch", "tokens", width)}
-    proto: onnx.ModelProto = ir.to_proto(trace(_program(memory, name, width, ("query",), answer)))
-    return proto
+    program = _program(memory, name, width, ("query",), answer)
+    return _with_inputs(ir.to_proto(trace(program)), program)
 
 
 def _program(
@@ -74,7 +80,44 @@ def _program(
         own: torch.zeros([sizes[a] if isinstance(a, str) else a for a in shape])
         for own, shape in axes.items()
     }
-    return Program(name, _Call(memory, "loss" in outputs), inputs, axes, outputs)
+    call = _Call(memory, "loss" in outputs)
+    for output, shape in outputs.items():
+        with torch.no_grad():
+            _check(memory, output, call(*inputs.values())[0], shape)
+    return Program(name, call, inputs, axes, outputs)
+
+
+def _check(memory: Memory, output: str, found: object, axes: Axes) -> None:
+    """Whether a memory keeps to :class:`Memory`.
+
+    Raises:
+        ValueError: it gives something else.
+    """
+    method = f"{type(memory).__name__}.{'loss' if output == 'loss' else 'forward'}"
+    fix = "sum over tokens and features, not over streams" if output == "loss" else "as queries are"
+    if not isinstance(found, Tensor):
+        raise ValueError(f"{method} gives {type(found).__name__}: it must give one tensor")
+    sizes = {"batch": _BATCH, "tokens": _TOKENS}
+    expected = tuple(sizes[axis] if isinstance(axis, str) else axis for axis in axes)
+    if found.shape != expected:
+        raise ValueError(
+            f"{method} gives shape {tuple(found.shape)} for {_BATCH} streams of {_TOKENS} tokens: "
+            f"it must be {expected}; {fix}"
+        )
+    if found.dtype != torch.float32:
+        raise ValueError(f"{method} gives {found.dtype} from float32: it must stay float32")
+
+
+def _with_inputs(proto: onnx.ModelProto, program: Program) -> onnx.ModelProto:
+    """The graph with every input that is documented, those that nothing depends on included."""
+    known = {info.name: info for info in proto.graph.input}
+    inputs = [
+        known.get(name) or onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, axes)
+        for name, axes in program.input_axes.items()
+    ]
+    del proto.graph.input[:]
+    proto.graph.input.extend(inputs)
+    return proto
 
 
 class _Call(nn.Module):

@@ -87,10 +87,13 @@ def test_a_session_is_saved_wherever_it_stands(model: tr.Model, tmp_path: Path, 
     assert np.array_equal(again.append(following), session.append(following))
 
 
-def test_the_gradient_of_prediction_is_autograds(trained: TransformerModel, model: tr.Model) -> None:
-    tokens = 13
+@pytest.mark.parametrize("tokens", [1, 5, 8, 13])
+def test_the_gradient_of_prediction_is_autograds(
+    trained: TransformerModel, model: tr.Model, tokens: int
+) -> None:
+    """Of calls shorter than a segment, as long, and longer, which begin in the middle of one."""
     ids, targets = _ids(2, tokens), _ids(2, tokens, seed=1)
-    targets[0, 3] = -1
+    targets[0, tokens // 2] = -1
     stream, edit = Streamed(trained), torch.ones(2, 2)
     with torch.no_grad():
         _, *state = stream(torch.tensor(_ids(2, 11, seed=2)), edit, *stream.initial_state(2))
@@ -133,6 +136,16 @@ def test_the_gradient_of_association_is_autograds(trained: TransformerModel, mod
             error = np.abs(found[f"grad.{name}"] - gradient.numpy()).max()
             assert error <= 1e-5 * float(gradient.abs().max()), name
     np.testing.assert_allclose(found["loss"], total, rtol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 8, 17, None])
+def test_the_editor_takes_chunks_of_any_length(model: tr.Model, chunk: int | None) -> None:
+    session = model.session(edit=0.0)
+    own = {} if chunk is None else {"chunk": chunk}
+    report = session.observe(_ids(26, seed=4), editor=tr.Editor(objective="prediction", step=0.05, **own))
+    losses = [lesson.loss for lesson in report.lessons if lesson.learnt]  # the last token has no target yet
+    assert np.isfinite(losses).all()
+    assert session.position == 26
 
 
 def test_learning_from_a_text_makes_it_likelier(model: tr.Model) -> None:

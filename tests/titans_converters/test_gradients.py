@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +163,79 @@ def test_an_operator_without_a_derivative_is_named() -> None:
     assert "Round" not in RULES
 
 
+_SLICED = """<ir_version: 10, opset_import: ["": 23]>
+    case (float[{sizes}] past_x, int64[2] starts, int64[2] ends) => (float[one] loss) {{
+        x = Identity(past_x)
+        axes = Constant<value_ints = [1, -1]>()
+        {constants}
+        y = Slice(x, starts, ends, axes)
+        mean = ReduceMean<keepdims = 1>(y, last_axis)
+        spread = Mul(y, mean)
+        flat = Reshape<allowzero = 1>(spread, flat_shape)
+        squares = Mul(flat, flat)
+        total = ReduceSum<keepdims = 0>(squares)
+        loss = Reshape(total, one_place)
+    }}"""
+_SLICE_CONSTANTS = """last_axis = Constant<value_ints = [-1]>()
+        one_place = Constant<value_ints = [1]>()
+        y_shape = Shape(y)
+        tail = Slice(y_shape, one_place, three)
+        two = Slice(y_shape, zero, one_place)
+        product = ReduceProd<keepdims = 1>(tail)
+        flat_shape = Concat<axis = 0>(two, product)"""
+
+
+def _sliced(sizes: str, constants: Mapping[str, list[int]]) -> onnx.ModelProto:
+    """The loss of what a slice takes; ``constants`` in place of inputs where its ends are known."""
+    text = _SLICED.format(sizes=sizes, constants="zero = Constant<value_ints = [0]>()")
+    text = text.replace("y = Slice(x", "three = Constant<value_ints = [3]>()\n        y = Slice(x")
+    text = text.replace("mean = ", _SLICE_CONSTANTS + "\n        mean = ", 1)
+    model = _named(onnx.parser.parse_model(text))
+    for name, numbers in constants.items():
+        (own,) = (info for info in model.graph.input if info.name == name)
+        model.graph.input.remove(own)
+        model.graph.node.insert(0, onnx.helper.make_node("Constant", [], [name], value_ints=numbers))
+    return model
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["found when it runs", "constants"])
+@pytest.mark.parametrize(
+    ("starts", "ends"),
+    [
+        ([1, 0], [3, 4]),
+        ([0, 0], [0, 4]),  # nothing, at the start
+        ([3, 0], [3, 4]),  # at the end
+        ([2, 1], [2, 3]),  # between
+        ([2, 0], [1, 4]),  # its end before its start
+        ([9, 0], [12, 4]),  # beyond the end
+        ([-1, 0], [-2, 4]),  # counted from the end
+        ([0, 4], [3, 4]),  # on the other axis
+        ([2, 3], [1, -4]),  # on both
+        ([-9, -2], [2, 99]),  # clamped
+    ],
+)
+def test_a_slice_that_takes_nothing_has_a_gradient_of_zeros(
+    starts: list[int], ends: list[int], known: bool
+) -> None:
+    constants = {"starts": starts, "ends": ends} if known else {}
+    backward = gradient(_sliced("2, 3, 4" if known else "b, n, 4", constants), ["x"], "case")
+    session = onnxruntime.InferenceSession(backward.SerializeToString())
+    x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    taken = x[:, starts[0] : ends[0], starts[1] : ends[1]]
+    loss = (taken * taken.mean(-1, keepdim=True)).square().sum()
+    (expected,) = torch.autograd.grad(loss, x)
+    given = {"past.x": x.detach().numpy(), "starts": np.array(starts), "ends": np.array(ends)}
+    inputs = {value.name: given[value.name] for value in session.get_inputs()}
+    (found,) = session.run(["grad.x"], inputs)
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_slice_backwards_is_refused() -> None:
+    model = _named(_model("minus = Neg(i1)\n        y = Slice(x, i2, i0, i1, minus)"))
+    with pytest.raises(ValueError, match="Slice is differentiated for constant axes and steps of 1"):
+        gradient(model, ["x"], "case")
+
+
 class _Layered:
     """An MLP with LayerNorm and GELU, and a loss that weighs late pairs more."""
 
@@ -200,6 +273,69 @@ def test_a_memory_of_ones_own_equals_autograd(sizes: tuple[int, int]) -> None:
     answers = onnxruntime.InferenceSession(memory_answer(memory, 6).SerializeToString())
     (answer,) = answers.run(None, given | {"query": pairs["key"]})
     np.testing.assert_allclose(answer, memory.forward(weights, key).detach().numpy(), rtol=1e-4, atol=1e-4)
+
+
+class _Losing(_Layered):
+    """With the loss that a test gives."""
+
+    def __init__(self, loss: Callable[[Tensor, Tensor], object]) -> None:
+        self._loss = loss
+
+    def loss(self, weights: Mapping[str, Tensor], key: Tensor, value: Tensor) -> Tensor:
+        return self._loss(self.forward(weights, key), value)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (lambda a, v: (a - v).square().sum(), r"_Losing.loss gives shape \(\) for 11 streams of 37 tokens"),
+        (lambda a, v: (a - v).square().sum(-1), r"gives shape \(11, 37\) .* it must be \(11,\); sum over"),
+        (lambda a, v: (a - v).square().sum((1, 2)).double(), "gives torch.float64 from float32"),
+        (lambda a, v: ((a - v).sum((1, 2)), a), "_Losing.loss gives tuple: it must give one tensor"),
+    ],
+)
+def test_a_loss_that_is_not_one_number_a_stream_is_refused(
+    loss: Callable[[Tensor, Tensor], object], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words) as refused:
+        memory_gradient(_Losing(loss), 6)
+    assert "\n" not in str(refused.value)
+
+
+def test_answers_of_another_shape_are_refused() -> None:
+    class Summed(_Layered):
+        def forward(self, weights: Mapping[str, Tensor], query: Tensor) -> Tensor:
+            return super().forward(weights, query).sum(1)
+
+    with pytest.raises(ValueError, match=r"Summed.forward gives shape \(11, 6\) .* it must be \(11, 37, 6\)"):
+        memory_answer(Summed(), 6)
+
+
+def test_what_a_loss_ignores_stays_an_input() -> None:
+    class Partial(_Layered):
+        parameters: Mapping[str, tuple[int, ...]] = {**_Layered.parameters, "spare": (3,)}
+
+    class Decays(Partial):
+        def loss(self, weights: Mapping[str, Tensor], key: Tensor, value: Tensor) -> Tensor:
+            return weights["second"].square().sum((1, 2))
+
+    model = memory_gradient(Decays(), 6)
+    names = ["past.first", "past.second", "past.spare", "key", "value"]
+    assert [info.name for info in model.graph.input] == names
+    draw = np.random.default_rng(0)
+    given = {
+        info.name: draw.standard_normal((2, *shape)).astype(np.float32)
+        for info, shape in zip(model.graph.input, [(6, 10), (10, 6), (3,), (5, 6), (5, 6)], strict=True)
+    }
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    found = session.run(["grad.first", "grad.second", "grad.spare"], given)
+    np.testing.assert_allclose(found[1], 2 * given["past.second"], rtol=1e-6)
+    assert not found[0].any()
+    assert not found[2].any()
+    answers = memory_answer(Partial(), 6)
+    assert [info.name for info in answers.graph.input] == [*names[:3], "query"]
+    taken = {name: given[name] for name in names[:3]} | {"query": given["key"]}
+    onnxruntime.InferenceSession(answers.SerializeToString()).run(None, taken)
 
 
 def test_the_example_learns_what_it_is_taught() -> None:

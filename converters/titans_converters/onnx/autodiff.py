@@ -175,7 +175,7 @@ class Tape:
         else:
             over = self.ints(*axes)
         total = self.op("ReduceSum", gradient, over, keepdims=1, noop_with_empty_axes=1)
-        return self.op("Reshape", total, target)
+        return self.op("Reshape", total, target, allowzero=1)
 
     def _padded(self, target: str, whole: str, own: Shape | None, spread: Shape | None) -> str:
         """The sizes ``target`` with ones before them, as many as ``whole`` is longer."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TypeVar
 
 from titans_runtime.backends.choose import check_threads
 from titans_runtime.bench.measure import Absent, Case, Contestant, Measurement, cases, measure
-from titans_runtime.bench.options import FORMATS, REFERENCE
+from titans_runtime.bench.options import FORMATS, REFERENCE, TOLERANCES
 from titans_runtime.bench.peers import Job, find_loader, known_backends
 from titans_runtime.bench.report import Record, record, to_csv, to_json, to_markdown
 from titans_runtime.bundle import open_bundle
@@ -47,8 +48,13 @@ def run_bench(args: argparse.Namespace, command: str) -> tuple[str, bool]:
         _numbers("-e", args.edit, float, 0),
     )
     threads = _numbers("-t", args.threads, int, 1)
+<<<<<<< HEAD
     for count in threads:
         check_threads(count)
+=======
+    if args.tolerance is not None and not 0 <= args.tolerance < math.inf:
+        raise UsageError(f"--tolerance {args.tolerance}: it must be a finite number, 0 or more")
+>>>>>>> conv1
     if any(case.edit > 1 for case in wanted):
         raise UsageError(f"-e {args.edit}: must lie between 0 and 1")
     total = Measurement()
@@ -73,8 +79,7 @@ def _measure(args: argparse.Namespace, wanted: list[Case], threads: int, work: P
         wanted,
         bundle.manifest.vocab_size,
         args.rounds,
-        args.tolerance,
-        lambda rounds: progress_bar(rounds, f"{threads} threads", "round"),
+        progress=lambda rounds: progress_bar(rounds, f"{threads} threads", "round"),
     )
     result.absent[:0] = absent
     return result
@@ -82,18 +87,27 @@ def _measure(args: argparse.Namespace, wanted: list[Case], threads: int, work: P
 
 def _contestants(args: argparse.Namespace, job: Job) -> tuple[list[Contestant], list[Absent]]:
     reference = find_loader(REFERENCE)
-    contestants, absent = [Contestant(REFERENCE, reference, job)], []
+    own = _tolerance(args, job.bundle)
+    contestants, absent = [Contestant(REFERENCE, reference, job, own)], []
     for name in _backends(args.backend):
         try:
-            contestants.append(Contestant(name, find_loader(name), job))
+            contestants.append(Contestant(name, find_loader(name), job, own))
         except EnvironmentProblem as error:
             absent.append(Absent(name, job.threads, str(error)))
     for text in args.beside:
-        contestants.append(_beside(text, job, {one.name for one in contestants}))
+        contestants.append(_beside(args, text, job, {one.name for one in contestants}))
     return contestants, absent
 
 
-def _beside(text: str, job: Job, taken: set[str]) -> Contestant:
+def _tolerance(args: argparse.Namespace, *bundles: Path) -> float:
+    """What is asked for; else the widest of the bundles' types of weights, as their manifests say them."""
+    if args.tolerance is not None:
+        return float(args.tolerance)
+    types = (open_bundle(bundle).manifest.model.get("weights") for bundle in bundles)
+    return max(TOLERANCES.get(str(name), TOLERANCES["float32"]) for name in types)
+
+
+def _beside(args: argparse.Namespace, text: str, job: Job, taken: set[str]) -> Contestant:
     """Another bundle, in the reference's backend or in one that is named before it: ``[BACKEND:]BUNDLE``."""
     backend, colon, path = text.partition(":")
     if not colon or backend not in known_backends():
@@ -102,9 +116,11 @@ def _beside(text: str, job: Job, taken: set[str]) -> Contestant:
     label = folder.resolve().name if backend == REFERENCE else f"{backend}, {folder.resolve().name}"
     if label in taken:
         raise UsageError(f"--beside {text}: {label!r} is taken; give its folder another name")
-    open_bundle(folder)  # or nothing is timed: a bundle that is not there is no missing backend
+    # A bundle that is not there is no missing backend: nothing is timed.
+    open_bundle(folder)
+    tolerance = _tolerance(args, job.bundle, folder)
     other = Job(folder, job.checkpoint if backend != REFERENCE else None, job.threads, job.work, job.editor)
-    return Contestant(label, find_loader(backend), other)
+    return Contestant(label, find_loader(backend), other, tolerance)
 
 
 def _backends(text: str) -> list[str]:

@@ -40,11 +40,19 @@ class Case:
 
 @dataclass(frozen=True)
 class Contestant:
-    """A backend on a bundle, under the name that it has in the report."""
+    """A backend on a bundle, under the name that it has in the report.
+
+    Attributes:
+        name: in the report.
+        load: the backend.
+        job: what it is to run.
+        tolerance: of the largest logit, that its own may differ by; None for that of all.
+    """
 
     name: str
     load: Loader
     job: Job
+    tolerance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +134,7 @@ def measure(
         vocab_size: token ids are drawn below it.
         rounds: timed ones, after one that warms up and whose outputs are compared, and for decode runs
             as many more as give 160 tokens.
-        tolerance: of the largest logit, that outputs may differ by.
+        tolerance: of the largest logit, that outputs of contestants without one of their own may differ by.
         progress: wraps the rounds.
 
     Raises:
@@ -216,9 +224,11 @@ def _compare(
             if runner.is_model:
                 error = _difference(actual, expected)
                 errors[one.name, case] = error
-                if not error <= tolerance:
+                limit = tolerance if one.tolerance is None else one.tolerance
+                if not error <= limit:
                     reason = (
-                        f"{case}: logits differ by {error:.1e} of the largest; are these the same weights?"
+                        f"{case}: logits differ by {error:.1e} of the largest, and may by {limit:g}; "
+                        "are these the same weights?"
                     )
                     result.absent.append(Absent(one.name, one.job.threads, reason, refused=True))
                     del runners[one.name]

@@ -12,6 +12,9 @@ REFERENCE: Final = "onnxruntime"
 LEAST_ROUNDS: Final = 5
 """The spread of fewer says nothing."""
 
+TOLERANCES: Final = {"float32": 1e-4, "float16": 5e-3, "int8": 0.1, "int4": 0.5}
+"""What logits may differ by, of the largest, by the coarser of the two bundles' types of weights."""
+
 FORMATS: Final = ("md", "csv", "json", "plot")
 
 
@@ -44,8 +47,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tolerance",
         type=float,
-        default=1e-4,
-        help="of the largest logit; what differs by more is not timed",
+        default=None,
+        help="of the largest logit; what differs by more is not timed; by default "
+        + ", ".join(f"{value:g} for {name}" for name, value in TOLERANCES.items()),
     )
     parser.add_argument("-o", "--output", default="md", metavar="FORMAT,…", help=", ".join(FORMATS))
     parser.add_argument(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from titans_runtime.bench.options import TOLERANCES
 from titans_runtime.cli import main
 
 SHORT = ["-p", "12", "-n", "3"]
@@ -63,6 +64,28 @@ def test_another_bundle_beside(tiny_bundle: Path, tmp_path: Path, capsys: pytest
     assert [row["backend"] for row in rows] == ["onnxruntime", "other"]
 
 
+@pytest.mark.parametrize("weights", ["float16", "int8"])
+def test_another_type_of_weights_beside(
+    tiny_bundle: Path,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    weights: str,
+) -> None:
+    from titans_export.pipeline import export_bundle
+
+    export_bundle(tiny_checkpoint, tmp_path / "other", weights=weights)
+    arguments = ["bench", str(tiny_bundle), "-p", "12", "-n", "0", "-o", "json", "--beside"]
+    arguments.append(str(tmp_path / "other"))
+    assert main(arguments) == 0
+    content = json.loads(capsys.readouterr().out)
+    errors = {row["backend"]: row["logits_error"] for row in content["rows"]}
+    assert errors["onnxruntime"] == 0
+    assert 1e-4 < errors["other"] <= TOLERANCES[weights] / 2
+    assert main([*arguments, "--tolerance", "1e-4"]) == 1
+    assert "and may by 0.0001" in json.loads(capsys.readouterr().out)["absent"][0]["reason"]
+
+
 def test_eager_agrees_and_other_weights_are_refused(
     tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -99,6 +122,9 @@ def test_eager_agrees_and_other_weights_are_refused(
         (["-t", "0"], "must be 1 or more"),
         (["-e", "2"], "between 0 and 1"),
         (["-r", "1"], "fewer than 5"),
+        (["--tolerance", "nan"], "--tolerance nan: it must be a finite number, 0 or more"),
+        (["--tolerance", "inf"], "--tolerance inf: it must be a finite number, 0 or more"),
+        (["--tolerance=-1"], "--tolerance -1.0: it must be a finite number, 0 or more"),
         (["-p", "0", "-n", "0"], "nothing to time"),
         (["-o", "xml"], "unknown; there are md"),
         (["-o", "plot"], "give --out"),

@@ -1,4 +1,4 @@
-"""Goldens of an imported model: what its token loop answers in float64."""
+"""Goldens of an imported model: what its token loop answers in float64, and its gradients by autograd."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from titans_export.importers.titans_pytorch.core import Streamed
 from titans_export.importers.titans_pytorch.keys import LibraryModel
 from titans_export.importers.titans_pytorch.reference import Loop, loop
 from titans_export.importers.titans_pytorch.transformer import TransformerModel
@@ -40,7 +41,7 @@ def make_goldens(model: LibraryModel, seed: int = 0) -> Arrays:
     """Run the token loop on a few streams, cut at several places, editing off, on and mixed.
 
     Returns:
-        Tensors named ``<case>.model.<call>.<input|output>.<tensor>``.
+        Tensors named ``<case>.<graph>.<call>.<input|output>.<tensor>``; a bundle may lack a gradient.
     """
     reference = copy.deepcopy(model).double().eval()
     generator = torch.Generator().manual_seed(seed)
@@ -49,6 +50,9 @@ def make_goldens(model: LibraryModel, seed: int = 0) -> Arrays:
         arrays |= _run(reference, case, generator)
     if associates(model):
         arrays |= _run_association(reference, generator)
+    if isinstance(reference, TransformerModel) and reference.memories:
+        for name, tokens in (("short", max(model.tile // 2, 1)), ("long", model.tile + 1)):
+            arrays |= _run_prediction(reference, name, tokens, generator)
     return arrays
 
 
@@ -90,6 +94,45 @@ def _association(row: Loop, sequence: Tensor) -> dict[str, Tensor]:
         found |= {f"gate.{prefix}memory.{i}.step": steps for i in range(len(gradients))}
     losses = [value for name, value in found.items() if name.startswith("loss.")]
     return {"loss": torch.stack(losses).sum()} | found
+
+
+def _run_prediction(model: TransformerModel, case: str, tokens: int, generator: torch.Generator) -> Arrays:
+    """What ``gradient.prediction`` must give, on rows in the middle of their segments.
+
+    The token loop's memories are not made to be differentiated by, so this is autograd's gradient of the
+    streaming form in float64; a mistake in a rule of derivatives cannot agree with it.
+    """
+    edit = torch.rand(2, model.edit_layers, generator=generator)
+    rows = [loop(model, strength) for strength in edit.double()]
+    for row, seen in zip(rows, (model.tile // 2 + 1, model.tile + 1), strict=True):
+        _see(row, _sequence(model, 1, seen, generator)[0])
+    past = _state(rows)
+    ids, targets = (_sequence(model, len(rows), tokens, generator) for _ in range(2))
+    targets[0, 0] = -1
+    prefix = f"prediction_{case}.gradient.prediction.0"
+    arrays = _named(f"{prefix}.input.past.", past)
+    arrays |= {f"{prefix}.input.input_ids": ids.numpy(), f"{prefix}.input.target_ids": targets.numpy()}
+    arrays[f"{prefix}.input.edit"] = edit.numpy()
+    return arrays | _named(f"{prefix}.output.", _prediction(model, ids, targets, edit, past))
+
+
+def _prediction(
+    model: TransformerModel, ids: Tensor, targets: Tensor, edit: Tensor, past: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The loss of the next tokens ``(B,)``, and its gradient by every memory."""
+    schema = model.state()
+    given = {
+        name: past[name].float().double() if past[name].is_floating_point() else past[name] for name in schema
+    }
+    memories = [name for name, entry in schema.items() if entry.role == "memory"]
+    for name in memories:
+        given[name] = given[name].detach().requires_grad_()
+    logits = Streamed(model)(ids, edit.double(), *given.values())[0].log_softmax(-1)
+    chosen = logits.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    loss = -(chosen * (targets >= 0)).sum(-1)
+    leaves = [given[name] for name in memories]
+    found = torch.autograd.grad(loss.sum(), leaves, materialize_grads=True)
+    return {"loss": loss} | {f"grad.{name}": own for name, own in zip(memories, found, strict=True)}
 
 
 def _cases(model: LibraryModel, generator: torch.Generator) -> list[_Case]:

@@ -25,7 +25,8 @@ def _reduce_sum(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
 def _reduce_mean(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
     x, y = node.input[0], node.output[0]
     g = tape.op("Expand", _kept_axes(tape, node, only(gradients)), tape.op("Shape", x))
-    count = tape.op("Div", tape.op("Size", x), tape.op("Size", y))
+    least = tape.op("Constant", value_int=1)  # of nothing there is no mean, and nothing to divide by
+    count = tape.op("Div", tape.op("Size", x), tape.op("Max", tape.op("Size", y), least))
     count = tape.op("Cast", count, to=tape.types.elements.get(x, 1))
     return [tape.op("Div", g, count), *[None] * (len(node.input) - 1)]
 

@@ -13,7 +13,8 @@ from titans_converters.onnx.gradient_rules.common import Gradients, attributes, 
 @rule("Reshape", "Squeeze", "Unsqueeze", "Flatten")
 def _reshape(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
     shape = tape.op("Shape", node.input[0])
-    return [tape.op("Reshape", only(gradients), shape), *[None] * (len(node.input) - 1)]
+    back = tape.op("Reshape", only(gradients), shape, allowzero=1)
+    return [back, *[None] * (len(node.input) - 1)]
 
 
 @rule("Expand")
@@ -62,18 +63,22 @@ def _slice(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
 
 
 def _room(tape: Tape, x: str, axis: int, starts: str, ends: str, place: int) -> tuple[str, str]:
-    """How many places of an axis stand before and after those that a slice has taken."""
+    """How many places of an axis stand before and after those that a slice has taken.
+
+    Where it has taken none, the two are all places nonetheless.
+    """
     shape, first, last = tape.types.shapes.get(x), tape.types.numbers(starts), tape.types.numbers(ends)
     size = shape[axis] if shape else None
     if isinstance(size, int) and first and last:
         taken = range(size)[first[place] : last[place]]
-        return tape.ints(taken.start), tape.ints(size - taken.stop)
+        return tape.ints(taken.start), tape.ints(size - max(taken.start, taken.stop))
     count = tape.op("Shape", x, **_span(axis))
     zero, one = tape.op("Constant", value_int=0), tape.op("Constant", value_int=1)
     places = tape.op("Range", zero, tape.op("Squeeze", count), one)
     which = [tape.ints(place), tape.ints(place + 1)]
     taken_places = tape.op("Slice", places, tape.op("Slice", starts, *which), tape.op("Slice", ends, *which))
-    before = tape.op("Slice", taken_places, tape.ints(0), tape.ints(1))
+    taken_or_end = tape.op("Concat", taken_places, count, axis=0)
+    before = tape.op("Slice", taken_or_end, tape.ints(0), tape.ints(1))
     used = tape.op("Add", before, tape.op("Shape", taken_places))
     return before, tape.op("Sub", count, used)
 
