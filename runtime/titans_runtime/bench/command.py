@@ -48,13 +48,10 @@ def run_bench(args: argparse.Namespace, command: str) -> tuple[str, bool]:
         _numbers("-e", args.edit, float, 0),
     )
     threads = _numbers("-t", args.threads, int, 1)
-<<<<<<< HEAD
     for count in threads:
         check_threads(count)
-=======
     if args.tolerance is not None and not 0 <= args.tolerance < math.inf:
         raise UsageError(f"--tolerance {args.tolerance}: it must be a finite number, 0 or more")
->>>>>>> conv1
     if any(case.edit > 1 for case in wanted):
         raise UsageError(f"-e {args.edit}: must lie between 0 and 1")
     total = Measurement()
