@@ -290,7 +290,7 @@ _DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "impossible size": (_set(layers=0), "layers is 0; it must be 1 or more"),
     "wrong contexts": (_set(readout_contexts=["a"]), "readout_contexts"),
     "another width": (_set(d_model=64), "config.json asks for"),
-    "a width beyond all memory": (_set(d_model=10**6), "config.json asks for"),
+    "a width beyond all memory": (_set(d_model=10**6), "d_model is 1000000; it must be 65536 or less"),
     "editing is no JSON": (_write("editing.json", "{"), "editing.json: expected the fields"),
     "editing without editor": (_write("editing.json", '{"edit": 1}'), "editing.json: expected the fields"),
     "unknown objective": (

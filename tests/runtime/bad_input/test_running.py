@@ -86,6 +86,7 @@ def test_a_byte_beyond_the_vocabulary(bundle_of_few_tokens: Path, tmp_path: Path
     (tmp_path / "text").write_bytes(b"\x01\xc8")
     state = ("--state-out", tmp_path / "memory")
     error = (3, f"titans: {message}\n")
+    state = ("--no-edit", *state)
     assert titans("run", bundle_of_few_tokens, tmp_path / "text", *state) == error
     assert titans("generate", bundle_of_few_tokens, "--prompt", "\x01\udcc8", *state) == error
     assert not (tmp_path / "memory").exists()

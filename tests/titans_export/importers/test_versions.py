@@ -26,7 +26,9 @@ def test_a_version_brings_its_own_defaults(tmp_path: Path, version: str | None, 
     """0.5.2 alone stored with the values of later tokens unless told otherwise."""
     stated = {} if version is None else {"version": version}
     for kind, base in ((MEMORY, MEMORY_BASE), (TRANSFORMER, TRANSFORMER_ARGUMENTS)):
-        code, out = import_file(tmp_path, library_model(kind, base).state_dict(), base | stated)
+        folder = tmp_path / kind
+        folder.mkdir()
+        code, out = import_file(folder, library_model(kind, base).state_dict(), base | stated)
         assert code == 0
         config = json.loads((out / "config.json").read_text())
         assert config["version"] == (version or {MEMORY: None, TRANSFORMER: ">=0.5"}[kind])
