@@ -12,18 +12,20 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Self
 
 import numpy as np
 
 from titans_runtime.backends import Array
-from titans_runtime.errors import EnvironmentProblem, OverloadError, TitansError, UsageError
+from titans_runtime.errors import OverloadError, TitansError, UsageError
 from titans_runtime.forward import SEGMENT
+from titans_runtime.serving.openers import Openers
 from titans_runtime.serving.request import Deliver, Finished, Opened, Piece, Request, Stream
+from titans_runtime.serving.run import Run, known
+from titans_runtime.serving.waiting import Waiting
 from titans_runtime.session import Session
 from titans_runtime.tokens import checked_input
 
@@ -36,37 +38,6 @@ READ: Final = 128
 """Tokens that one reader reads in a step: half the time of a decoding step of 16 sessions, or less."""
 _NAP: Final = 0.05
 """Seconds between two looks at deadlines while sessions are opened and none runs."""
-
-
-@dataclass
-class _Run:
-    """One request under way."""
-
-    stream: Stream
-    prompt: Array
-    generator: np.random.Generator
-    opened: Session | None = None
-    read: int = 0
-    drawn: list[int] = field(default_factory=list)
-
-    @property
-    def request(self) -> Request:
-        return self.stream.request
-
-    @property
-    def session(self) -> Session:
-        assert self.opened is not None  # it has a slot, and is not being opened
-        return self.opened
-
-    @property
-    def has_read(self) -> bool:
-        return self.read == len(self.prompt)
-
-    def ending(self) -> str | None:
-        """Why nothing more is to be drawn, or None."""
-        if any(tuple(self.drawn[-len(stop) :]) == tuple(stop) for stop in self.request.stop):
-            return "stop"
-        return "length" if len(self.drawn) == self.request.max_new_tokens else None
 
 
 @dataclass
@@ -118,16 +89,14 @@ class Scheduler:
             if type(value) is not int or value < 1:
                 raise UsageError(f"scheduler {name} is {value!r}; it must be an integer, 1 or more")
         self.model, self.clock = model, clock
-        self._slots, self._most_waiting, self._most_of_one, self._segment = slots, waiting, few, segment
+        self._slots, self._segment = slots, segment
         self._resources = contextlib.ExitStack()
         self._batch = self._resources.enter_context(model.batch([], room=slots))
-        self._waiting: OrderedDict[str, deque[_Run]] = OrderedDict()  # by owner, the next one first
-        self._opening: dict[int, _Run] = {}  # by their own id
-        self._opened: deque[tuple[_Run, TitansError | None]] = deque()  # of these, what is to be taken over
-        self._openers = ThreadPoolExecutor(slots, "titans-opener")
-        self._reading: deque[_Run] = deque()
-        self._writing: dict[int, _Run] = {}  # by the id of the session, which the batch holds
         self._lock = threading.Condition()
+        self._waiting = Waiting(waiting, few)
+        self._openers = Openers(model, slots, self._lock)
+        self._reading: deque[Run] = deque()
+        self._writing: dict[int, Run] = {}  # by the id of the session, which the batch holds
         self._thread: threading.Thread | None = None
         self._closing = self._abandons = False
         self.counters = Counters()
@@ -149,34 +118,25 @@ class Scheduler:
         """
         session = request.session if isinstance(request.session, Session) else None
         if session is not None:
-            self._check(session)
+            self._openers.check(session)
         prompt = checked_input(request.prompt, self.model.manifest) if len(request.prompt) else _NOTHING
-        run = _Run(Stream(request, deliver), prompt, np.random.default_rng(request.seed), session)
+        run = Run(Stream(request, deliver), prompt, np.random.default_rng(request.seed), session)
         with self._lock:
             if self._closing:
                 raise OverloadError("scheduler: is closed; ask another one")
-            own = self._waiting.get(request.owner, ())
-            if self.waiting >= self._most_waiting:
-                raise OverloadError(
-                    f"{self.waiting} requests wait already, which is the limit; ask again later"
-                )
-            if len(own) >= self._most_of_one:
-                raise OverloadError(
-                    f"{len(own)} requests of yours wait already, which is the limit; ask again later"
-                )
-            self._waiting.setdefault(request.owner, deque()).append(run)
+            self._waiting.add(run)
             self._lock.notify()
         return run.stream
 
     @property
     def waiting(self) -> int:
         """Requests that wait for a slot."""
-        return sum(len(queue) for queue in list(self._waiting.values()))
+        return len(self._waiting)
 
     @property
     def running(self) -> int:
         """Requests that hold a slot."""
-        return len(self._opening) + len(self._reading) + len(self._writing)
+        return len(self._openers) + len(self._reading) + len(self._writing)
 
     def start(self) -> Self:
         """Let a thread of its own take the steps."""
@@ -202,8 +162,7 @@ class Scheduler:
         self.hurry()
         if self._thread is not None:
             self._thread.join()
-        self._openers.shutdown(cancel_futures=True)  # nothing uses a memory after its stream has ended
-        self._end_all()
+        self._end_all(self._openers.close())  # nothing uses a memory after its stream has ended
         self._resources.close()
 
     def hurry(self) -> None:
@@ -239,83 +198,41 @@ class Scheduler:
     def _nap(self) -> bool:
         """Wait a little where sessions are being opened and none runs; whether there are such."""
         with self._lock:
-            if self._opening and not self._opened:
+            if self._openers and not self._openers.have_opened:
                 self._lock.wait(_NAP)
-            return bool(self._opening)
+            return bool(self._openers)
 
     def _dismiss(self) -> None:
         """End what is cancelled or late, wherever it is."""
         now = self.clock()
-
-        def reason(run: _Run) -> str | None:
-            if run.stream.is_cancelled:
-                return "cancelled"
-            late = run.request.deadline is not None and run.request.deadline <= now
-            return "deadline" if late else None
-
         with self._lock:
-            for owner, queue in list(self._waiting.items()):
-                for run in [run for run in queue if reason(run)]:
-                    queue.remove(run)
-                    self._finish(run, reason(run) or "")
-                if not queue:
-                    del self._waiting[owner]
-        for run in [run for run in self._reading if reason(run)]:
-            self._reading.remove(run)
-            self._finish(run, reason(run) or "")
-        for run in [run for run in self._writing.values() if reason(run)]:
+            ended = self._waiting.pop_where(lambda run: run.dismissal(now))
+        ended += [run for run in self._reading if run.dismissal(now)]
+        self._reading = deque(run for run in self._reading if run not in ended)
+        for run in [run for run in self._writing.values() if run.dismissal(now)]:
             self._leave(run)
-            self._finish(run, reason(run) or "")
+            ended.append(run)
+        for run in ended:
+            self._finish(run, run.dismissal(now) or "")
 
     def _admit(self) -> None:
         """Fill the slots; owners take turns."""
         while self.running < self._slots:
             with self._lock:
-                if not self._waiting:
-                    return
-                owner, queue = next(iter(self._waiting.items()))
-                run = queue.popleft()
-                self._waiting.move_to_end(owner)
-                if not queue:
-                    del self._waiting[owner]
+                run = self._waiting.pop()
+            if run is None:
+                return
             if run.opened is not None:
                 self._begin(run)
                 continue
-            self._opening[id(run)] = run
+            self._openers.begin(run, apart=self._thread is not None)
             if self._thread is None:
-                self._open(run)
                 self._take_over()
-            else:
-                self._openers.submit(self._open, run)
-
-    def _open(self, run: _Run) -> None:
-        """Make the session of a request, which is not ended meanwhile: others would get its memory."""
-        problem = None
-        try:
-            if not run.stream.is_cancelled:
-                run.opened = self._made(run.request)
-        except Exception as error:  # noqa: BLE001 - whatever befalls one request, the others go on
-            problem = _known(error)
-        with self._lock:
-            self._opened.append((run, problem))
-            self._lock.notify()
-
-    def _made(self, request: Request) -> Session:
-        assert not isinstance(request.session, Session)
-        session = request.session()
-        self._check(session)
-        request.check(session)
-        return session
-
-    def _check(self, session: Session) -> None:
-        if session.model is not self.model:
-            raise UsageError("scheduler: the session belongs to another model")
 
     def _take_over(self) -> None:
         """Let those begin whose sessions have been opened."""
-        while self._opened:
-            run, problem = self._opened.popleft()
-            del self._opening[id(run)]
+        while (taken := self._openers.take()) is not None:
+            run, problem = taken
             if problem is not None:
                 self._finish(run, "failed", problem)
             elif run.opened is None:
@@ -324,7 +241,7 @@ class Scheduler:
                 run.stream.deliver(Opened(run.opened, run.opened.position))
                 self._begin(run)
 
-    def _begin(self, run: _Run) -> None:
+    def _begin(self, run: Run) -> None:
         if run.has_read:
             self._begin_to_write(run)
         else:
@@ -346,10 +263,10 @@ class Scheduler:
             return
         run.read += len(part)
         self.counters.read += len(part)
-        run.stream.deliver(Piece(part, drawn=False, scores=_scores(run, before, logits)))
+        run.stream.deliver(Piece(part, drawn=False, scores=run.scores(before, logits)))
         self._begin(run)
 
-    def _begin_to_write(self, run: _Run) -> None:
+    def _begin_to_write(self, run: Run) -> None:
         if run.request.max_new_tokens == 0:
             self._finish(run, "length")
             return
@@ -381,7 +298,7 @@ class Scheduler:
             if well:
                 self._note(run, token, logits)
 
-    def _write_alone(self, run: _Run, token: int) -> bool:
+    def _write_alone(self, run: Run, token: int) -> bool:
         """See a token outside the batch; whether it went well."""
         session = run.session
         self._leave(run)
@@ -395,7 +312,7 @@ class Scheduler:
         self._writing[id(session)] = run
         return True
 
-    def _note(self, run: _Run, token: int, before: Array | None) -> None:
+    def _note(self, run: Run, token: int, before: Array | None) -> None:
         run.drawn.append(token)
         self.counters.drawn += 1
         scores = before[None] if run.request.scores and before is not None else None
@@ -405,25 +322,23 @@ class Scheduler:
             self._leave(run)
             self._finish(run, ending)
 
-    def _leave(self, run: _Run) -> None:
+    def _leave(self, run: Run) -> None:
         session = run.session
         del self._writing[id(session)]
         self._batch.leave(session)
 
-    def _fail(self, run: _Run, error: Exception) -> None:
-        self._finish(run, "failed", _known(error))
+    def _fail(self, run: Run, error: Exception) -> None:
+        self._finish(run, "failed", known(error))
 
-    def _finish(self, run: _Run, reason: str, error: TitansError | None = None) -> None:
+    def _finish(self, run: Run, reason: str, error: TitansError | None = None) -> None:
         self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
         run.stream.deliver(Finished(reason, error, run.read, len(run.drawn)))
 
-    def _end_all(self) -> None:
+    def _end_all(self, left: list[Run]) -> None:
+        """End ``left`` and everything else."""
         with self._lock:
-            left = [run for queue in self._waiting.values() for run in queue]
-            self._waiting.clear()
-        left += [*self._opening.values(), *self._reading]
-        self._opening.clear()
-        self._opened.clear()
+            left += self._waiting.pop_where(lambda _: True)
+        left += self._reading
         self._reading.clear()
         for run in list(self._writing.values()):
             self._leave(run)
@@ -432,20 +347,4 @@ class Scheduler:
             self._finish(run, "closed")
 
 
-def _known(error: Exception) -> TitansError:
-    """An error as one of ours, without frames: they would hold the session for as long as it is kept."""
-    if not isinstance(error, TitansError):
-        return EnvironmentProblem(f"{type(error).__name__}: {error}")
-    error.__cause__ = error.__context__ = None
-    return error.with_traceback(None)
-
-
 _NOTHING: Final = np.empty(0, np.int64)
-
-
-def _scores(run: _Run, before: Array | None, logits: Array) -> Array | None:
-    """Logits under which the tokens stood that have brought ``logits (T, V)``."""
-    if not run.request.scores:
-        return None
-    first = np.zeros_like(logits[0]) if before is None else before
-    return np.concatenate([first[None], logits[:-1]])

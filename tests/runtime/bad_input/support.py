@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-TEXT = b"text that is scored, and learnt from"
 FILES = ("weights.bin", "model.onnx", "gradient.readout.onnx", "goldens.safetensors")
 Titans = Callable[..., tuple[int, str]]
 Harm = Callable[[Path], str]

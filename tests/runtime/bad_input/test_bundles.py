@@ -15,7 +15,8 @@ import onnxruntime
 import pytest
 
 import titans_runtime as tr
-from tests.runtime.bad_input.support import FILES, TEXT, Harm, Titans, content_of
+from tests.runtime.bad_input.support import FILES, Harm, Titans, content_of
+from tests.runtime.command import TEXT
 from tests.runtime.streams import assert_same_snapshot, change_manifest
 
 

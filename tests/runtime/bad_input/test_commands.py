@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import titans_runtime as tr
-from tests.runtime.bad_input.support import TEXT, Titans, content_of
+from tests.runtime.bad_input.support import Titans, content_of
+from tests.runtime.command import TEXT
 from titans_runtime.cli import main
 
 EDITORS = {

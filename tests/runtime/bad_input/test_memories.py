@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import titans_runtime as tr
-from tests.runtime.bad_input.support import TEXT, Titans, Trap
+from tests.runtime.bad_input.support import Titans, Trap
+from tests.runtime.command import TEXT
 from titans_runtime.state import describe_snapshot, save_snapshot
 
 

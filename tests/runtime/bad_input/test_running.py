@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import titans_runtime as tr
-from tests.runtime.bad_input.support import TEXT, Titans
+from tests.runtime.bad_input.support import Titans
+from tests.runtime.command import TEXT
 from tests.runtime.streams import assert_same_snapshot
 from titans_runtime.readout import ReadoutEditor
 

@@ -79,7 +79,7 @@ def test_what_is_refused_is_not_even_read(
     monkeypatch.setattr(service.memories, "session", lambda key: read.append(key) or session(key))
     asked = {"prompt": "a", "memory": "m", "max_tokens": 0}
     with monkeypatch.context() as full:
-        full.setattr(service.scheduler, "_most_waiting", 0)
+        full.setattr(service.scheduler._waiting, "_most", 0)
         answer = client.post("/v1/completions", json=asked)
     assert (answer.status_code, read) == (429, [])
     assert answer.headers["retry-after"] == "1"
