@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,10 +53,18 @@ class Line:
 
 def main() -> None:
     """Write and print the table."""
-    lines = list(_lines())
+    lines = list(measured())
+    text = page(lines)
+    write_atomically(RESULTS / "README.md", text.encode())
+    write_atomically(RESULTS / "summary.png", _picture(lines))
+    print(text)
+
+
+def page(lines: Iterable[Line]) -> str:
+    """Markdown: every target as measured, and the backends that were left out."""
     table = ["| what / ours | size, threads | aim | measured (range) | reproduce |", "|---|---|---|---|---|"]
     table += [line.markdown() for line in lines]
-    text = (
+    return (
         "# Latency and footprint, side by side\n\n"
         "Medians of ratios of alternating rounds, with their range, after the outputs were compared\n"
         "([how](../../../docs/benchmarks.md)). The files of this folder hold every command's table, its\n"
@@ -67,9 +75,6 @@ def main() -> None:
         + "\n".join(_left_out())
         + "\n"
     )
-    write_atomically(RESULTS / "README.md", text.encode())
-    write_atomically(RESULTS / "summary.png", _picture(lines))
-    print(text)
 
 
 def _picture(lines: list[Line]) -> bytes:
@@ -85,7 +90,8 @@ def _picture(lines: list[Line]) -> bytes:
     return bars(names, rows, "measured / aim, 1 is reached", "latency and footprint")
 
 
-def _lines() -> Iterator[Line]:
+def measured() -> Iterator[Line]:
+    """Every target that the results files have a figure of."""
     for path in sorted(RESULTS.glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
         row, *where = path.stem.split("-")
