@@ -9,7 +9,6 @@ from pathlib import Path
 
 import onnx_ir as ir
 import torch
-from safetensors.numpy import save as save_arrays
 
 from titans_converters.aot_inductor import check_compiler, write_aot_inductor
 from titans_converters.gradients import gradient_graphs
@@ -30,6 +29,7 @@ from titans_runtime.backends import Arrays
 from titans_runtime.errors import BundleError, UsageError
 from titans_runtime.files import folder_beside, replace_folder, write_atomically
 from titans_runtime.manifest import MAX_TOKENS, ONNX, LengthSpec
+from titans_runtime.tensors import tensor_bytes
 from titans_runtime.verify import VerificationReport, verify
 
 _TOLERANCE = 1e-4
@@ -103,7 +103,7 @@ def export_bundle(
             files += twins[name].values()
         report("running the reference for the goldens")
         goldens = _of_graphs(model.goldens(), graphs)
-        write_atomically(work / bundles.GOLDENS_NAME, save_arrays(goldens))
+        write_atomically(work / bundles.GOLDENS_NAME, tensor_bytes(goldens))
         files.append(bundles.GOLDENS_NAME)
         specs = {program.name: contents.graph(program, twins) for program in programs}
         specs |= {name: contents.gradient_graph(name, graph, twins) for name, graph in gradients.items()}
@@ -215,7 +215,7 @@ def _write_learned_state(model: Exportable, folder: Path) -> list[str]:
     learned = {name: tensor.detach().numpy() for name, tensor in model.learned_state().items()}
     if not learned:
         return []
-    write_atomically(folder / bundles.INITIAL_NAME, save_arrays(learned))
+    write_atomically(folder / bundles.INITIAL_NAME, tensor_bytes(learned))
     return [bundles.INITIAL_NAME]
 
 

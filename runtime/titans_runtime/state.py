@@ -15,7 +15,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from safetensors.numpy import load as load_arrays
-from safetensors.numpy import save as save_arrays
 
 from titans_runtime.backends import Array, Arrays
 from titans_runtime.errors import EnvironmentProblem, StateError
@@ -24,6 +23,7 @@ from titans_runtime.json_reader import MAX_BYTES, canonical, parse_object
 from titans_runtime.manifest import Manifest
 from titans_runtime.snapshot import Snapshot
 from titans_runtime.snapshot_checks import check_finite, check_fits, most_bytes
+from titans_runtime.tensors import tensor_bytes
 
 FORMAT_VERSION = 1
 _METADATA_KEY = "titans"
@@ -60,8 +60,7 @@ def snapshot_bytes(snapshot: Snapshot) -> bytes:
         "editor": snapshot.editor,
     }
     header["digest"] = _digest(header, snapshot.arrays)
-    arrays = {name: np.ascontiguousarray(array) for name, array in snapshot.arrays.items()}
-    return save_arrays(arrays, {_METADATA_KEY: json.dumps(header)})
+    return tensor_bytes(snapshot.arrays, {_METADATA_KEY: json.dumps(header)})
 
 
 def load_snapshot(path: Path, manifest: Manifest) -> Snapshot:
