@@ -58,6 +58,12 @@ class Editing:
         """Whether anything is edited."""
         return self.editor is not None
 
+    def begin(self) -> None:
+        """A call begins: each editor has its whole budget."""
+        for one in (self.readout, self.memories):
+            if one:
+                one.spent = 0.0
+
     def most(self, position: int, tokens: int) -> int:
         """Tokens, of ``tokens`` from ``position`` on, that the model may run on before memories change."""
         return tokens if self.memories is None else min(tokens, self.memories.room(position))

@@ -80,6 +80,9 @@ class MemoriesEditor:
         spec = manifest.sequence
         width = [axis for axis in spec.shape if isinstance(axis, int)]
         self.count = 0
+        self.spent = 0.0  # seconds of editing in the call at hand
+        if editor.budget:
+            backend.graph(editor.graph)  # loaded when first used, otherwise: within somebody's budget
         self._sequence = np.zeros((editor.chunk, *width), DTYPES[spec.dtype])
         self._targets = np.full(editor.chunk, UNKNOWN, np.int64)
         self._taught = np.zeros(editor.chunk, bool)
@@ -205,12 +208,13 @@ class MemoriesEditor:
         lesson.learnt = (
             int((targets >= 0).sum()) if self._predicts else int(self._taught[:count].all()) * count
         )
-        lesson.refused = self._refusal_before(lesson, report)
+        lesson.refused = self._refusal_before(lesson)
         if not lesson.refused:
-            self._take_steps(lesson, self._sequence[:count], targets, began, report.seconds)
+            self._take_steps(lesson, self._sequence[:count], targets, began)
         if not lesson.steps:
             lesson.learnt = 0
         lesson.seconds = time.perf_counter() - began
+        self.spent += lesson.seconds
         report.add(lesson)
 
     @property
@@ -218,16 +222,14 @@ class MemoriesEditor:
         """Whether the loss is of predictions: then a position teaches once its target is known."""
         return any(tensor.name == "target_ids" for tensor in self._spec.inputs)
 
-    def _refusal_before(self, lesson: Lesson, report: EditReport) -> str:
+    def _refusal_before(self, lesson: Lesson) -> str:
         if not lesson.learnt:
             return "no text to learn from"
-        if 0 < self.editor.budget <= 1000 * report.seconds:
+        if 0 < self.editor.budget <= 1000 * self.spent:
             return "time budget spent"
         return ""
 
-    def _take_steps(
-        self, lesson: Lesson, sequence: Array, targets: Array, began: float, spent: float
-    ) -> None:
+    def _take_steps(self, lesson: Lesson, sequence: Array, targets: Array, began: float) -> None:
         """Change the anchor's memories step by step, then let the model run over the period again."""
         editor = self.editor
         values = {name: self._anchor[name] for name in self._memories}
@@ -242,7 +244,7 @@ class MemoriesEditor:
             lesson.refused = "not surprising enough"
             return
         for number in range(editor.steps):
-            if number and 0 < editor.budget <= 1000 * (spent + time.perf_counter() - began):
+            if number and 0 < editor.budget <= 1000 * (self.spent + time.perf_counter() - began):
                 lesson.refused = "time budget spent"
                 break
             after, progress, norms = self._step(values, found)

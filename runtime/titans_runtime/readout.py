@@ -77,6 +77,7 @@ class ReadoutEditor:
         chunk, (_, height, vocab) = editor.chunk, buffers.readout.shape
         self.editor = editor
         self.count = 0
+        self.spent = 0.0  # seconds of editing in the call at hand
         self._buffers = buffers
         self._graph = backend.graph(editor.graph)
         width, contexts = _key_shape(backend, editor.graph)
@@ -257,6 +258,7 @@ class ReadoutEditor:
         if not streaming and lesson.steps:
             self._settle()
         lesson.seconds = time.perf_counter() - began
+        self.spent += lesson.seconds
         report.add(lesson)
 
     def _take_steps(self, known: Array, lesson: Lesson, report: EditReport, began: float) -> None:
@@ -266,7 +268,7 @@ class ReadoutEditor:
         lesson.loss = float(surprise.mean())
         if lesson.loss < editor.threshold:
             lesson.refused = "not surprising enough"
-        elif 0 < editor.budget <= 1000 * report.seconds:
+        elif 0 < editor.budget <= 1000 * self.spent:
             lesson.refused = "time budget spent"
         if lesson.refused:
             return
@@ -274,7 +276,7 @@ class ReadoutEditor:
         measures = editor.rollback or editor.steps > 1
         scored = self._logits.copy() if measures else self._logits
         for number in range(editor.steps):
-            if number and 0 < editor.budget <= 1000 * (report.seconds + time.perf_counter() - began):
+            if number and 0 < editor.budget <= 1000 * (self.spent + time.perf_counter() - began):
                 lesson.refused = "time budget spent"
             else:
                 lesson.refused = self._attempt(rows, picks, known, lesson, last=number + 1 == editor.steps)

@@ -109,7 +109,7 @@ class EditReport:
 class EditLog:
     """Every lesson of a stream, call after call.
 
-    Give it to a session, ``session.log = EditLog()``; it grows with every call that succeeds.
+    Give it to a session, ``session.log = EditLog()``, or to several; it grows with every call that succeeds.
     """
 
     def __init__(self) -> None:
@@ -120,9 +120,10 @@ class EditLog:
         """Add what a call learnt."""
         self.lessons.extend(report.lessons)
 
-    def rewind(self, count: int) -> None:
-        """Forget all but the first ``count`` lessons: the calls that added them were undone."""
-        del self.lessons[count:]
+    def take_back(self, lessons: list[Lesson]) -> None:
+        """Forget these very lessons: the call that added them was undone. Others may log here, too."""
+        undone = {id(lesson) for lesson in lessons}
+        self.lessons[:] = [lesson for lesson in self.lessons if id(lesson) not in undone]
 
     def __len__(self) -> int:
         """Number of lessons."""

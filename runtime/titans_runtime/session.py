@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +17,7 @@ from titans_runtime.editor import Editor
 from titans_runtime.errors import NumericsError, StateError, UsageError
 from titans_runtime.forward import SEGMENT, Forward
 from titans_runtime.readout import Keys
-from titans_runtime.report import EditLog, EditReport
+from titans_runtime.report import EditLog, EditReport, Lesson
 from titans_runtime.sampling import Sampling
 from titans_runtime.snapshot import Snapshot, with_memories_of
 from titans_runtime.state import save_snapshot
@@ -26,6 +25,8 @@ from titans_runtime.tokens import Tokens, checked_input
 
 if TYPE_CHECKING:
     from titans_runtime.model import Model
+
+_IN_USE = "the session is in use by another thread or a batch; give each stream a session of its own"
 
 
 class Session:
@@ -41,7 +42,8 @@ class Session:
         self._strength = edit
         self.position = 0
         self.last_edit: EditReport | None = None
-        self.log: EditLog | None = None
+        self._log: EditLog | None = None
+        self._logged: list[Lesson] = []  # what the call at hand has added to the log
         self._edit = np.array([edit], np.float32).reshape(1, -1)
         self._buffers = StateBuffers(model.manifest, model.initial, model.backend.residence)
         self._last_logits: Array | None = None
@@ -49,7 +51,7 @@ class Session:
         # Without an editor of its own for the readout memory, `observe` leaves the position here whose
         # target is still to come: (next position, arrays).
         self._unfinished: tuple[int, Arrays] | None = None
-        self._lock = threading.Lock()
+        self._user: dict[str, object] = {}  # the call that holds the session; see `_exclusive`
         self._forward = Forward(model.graph, model.manifest, self._buffers, self._edit)
 
     @property
@@ -61,6 +63,21 @@ class Session:
     def editor(self) -> Editor | None:
         """What the session learns by the open way."""
         return self._editing.editor
+
+    @property
+    def log(self) -> EditLog | None:
+        """Receives every lesson of the calls to come, or None.
+
+        Raises:
+            UsageError: on assignment of what is no log.
+        """
+        return self._log
+
+    @log.setter
+    def log(self, log: EditLog | None) -> None:
+        if log is not None and not isinstance(log, EditLog):
+            raise UsageError(f"log is {log!r}; give an EditLog(), or None")
+        self._log = log
 
     def append(self, tokens: Tokens) -> Array:
         """See tokens, and score the token after each of them.
@@ -100,17 +117,12 @@ class Session:
             TokenError: the tokens are empty, of a wrong type, or out of range.
             NumericsError: a value is not finite.
         """
-        ids = checked_input(tokens, self.model.manifest)
-        if editor is None and self.editor is None:
-            raise UsageError("observe: the session has no editor; give one, as in observe(tokens, Editor())")
+        ids, chosen = checked_input(tokens, self.model.manifest), self._chosen(editor, "observe")
+        _check_watch(watch)
         report = EditReport(tokens=len(ids))
-        chosen = self.editor if editor is None else editor
-        with (
-            self._exclusive(),
-            self._transaction(len(ids), hands_over=chosen != self.editor),
-            self._edited_by(chosen, ids[0], report),
-        ):
-            self._advance(ids, teach=True, report=report, watch=watch)
+        with self._exclusive(), self._transaction(len(ids), hands_over=chosen != self.editor):
+            own = self._lend(chosen, ids[0], report)
+            self._pass(own, ids, report, watch)
         return report
 
     def prepare(
@@ -123,8 +135,9 @@ class Session:
         """Learn from a context in several passes, before the first answer.
 
         Every pass begins where the first one did, but with the memories, and the optimizer's sums, that
-        the pass before it has left. Afterwards the session stands behind the context, which it has seen
-        once as far as its position is concerned. Succeeds as a whole, or leaves the session as it was.
+        the pass before it has left, and learns from the whole context: its last period ends with it.
+        Afterwards the session stands behind the context, which it has seen once as far as its position
+        is concerned. Succeeds as a whole, or leaves the session as it was.
 
         Args:
             context: as for :meth:`append`.
@@ -142,17 +155,16 @@ class Session:
         """
         if type(passes) is not int or passes < 1:
             raise UsageError(f"passes is {passes!r}; it must be an integer, 1 or more")
-        before, reports = self.snapshot(), []
-        told = self._told()
-        try:
-            for number in range(passes):
-                if number:
-                    self.restore(with_memories_of(before, self.snapshot(), self.model.manifest))
-                reports.append(self.observe(context, editor, watch))
-        except BaseException:
-            self.restore(before)
-            self._untell(told)
-            raise
+        ids, chosen = checked_input(context, self.model.manifest), self._chosen(editor, "prepare")
+        _check_watch(watch)
+        reports = [EditReport(tokens=len(ids)) for _ in range(passes)]
+        with self._exclusive(), self._transaction(len(ids), hands_over=True):
+            own = self._lend(chosen, ids[0], reports[0])
+            before = self._snapshot()
+            for report in reports[:-1]:
+                self._pass(self._editing, ids, report, watch, ends=True)
+                self._restore(with_memories_of(before, self._snapshot(), self.model.manifest))
+            self._pass(own, ids, reports[-1], watch, ends=True)
         return reports
 
     def generate(
@@ -186,8 +198,7 @@ class Session:
             raise UsageError(f"max_new_tokens is {max_new_tokens!r}; it must be an integer, 0 or more")
         if not self.model.vocab_size:
             raise UsageError("generate: the model takes vectors; it has no tokens to draw")
-        if seed is not None and seed < 0:
-            raise UsageError(f"seed is {seed}; it must be 0 or more")
+        _check_seed(seed)
         sampling = Sampling(temperature, top_k, top_p)
         if prompt is not None:
             self.append(prompt)
@@ -208,9 +219,14 @@ class Session:
     def restore(self, snapshot: Snapshot) -> None:
         """Go back, or over, to a snapshot; the session continues from it bit for bit.
 
+        A log is a record of what happened, and keeps what was learnt on the way left.
+
         Raises:
+            UsageError: it is no snapshot.
             StateError: the snapshot belongs to another bundle.
         """
+        if not isinstance(snapshot, Snapshot):
+            raise UsageError(f"restore: {snapshot!r} is no snapshot; give what session.snapshot() returned")
         with self._exclusive(), self._transaction(0, hands_over=True):
             if snapshot.bundle != self.model.manifest.identity:
                 raise StateError(
@@ -237,22 +253,43 @@ class Session:
 
     # --- one call, inside the lock and the transaction
 
-    def _advance(
-        self,
-        ids: Array,
-        teach: bool,
-        report: EditReport | None = None,
-        watch: Callable[[int], object] | None = None,
-    ) -> Array:
-        report = EditReport(tokens=len(ids)) if report is None else report
+    def _advance(self, ids: Array, teach: bool) -> Array:
+        """See tokens; returns their logits."""
+        report, began = EditReport(tokens=len(ids)), self.position
         logits = np.empty((len(ids), self.model.manifest.width), np.float32)
-        began = self.position
-        self._run_segments(ids, logits, teach, report, watch)
+        self._run_segments(ids, logits, teach, report)
         self._conclude(logits, began, report)
         return logits
 
-    def _conclude(self, logits: Array, began: int, report: EditReport) -> None:
-        """Check what a call has scored and remembered from position ``began`` on, and note it."""
+    def _pass(
+        self,
+        own: Editing,
+        ids: Array,
+        report: EditReport,
+        watch: Callable[[int], object] | None,
+        ends: bool = False,
+    ) -> None:
+        """See tokens and learn from them; then ``own`` goes on.
+
+        Args:
+            own: the editing at hand, or that which has lent the session to it.
+            ids: the tokens.
+            report: receives what is learnt.
+            watch: told of the parts.
+            ends: whether the last period ends here, even if ``own`` itself goes on.
+        """
+        began = self.position
+        logits = np.empty((len(ids), self.model.manifest.width), np.float32)
+        self._run_segments(ids, logits, True, report, watch)
+        if ends or own is not self._editing:
+            self._take_back(own, report)
+        self._conclude(logits, began, report, edited=True)
+
+    def _conclude(self, logits: Array, began: int, report: EditReport, edited: bool = False) -> None:
+        """Check what a call has scored and remembered from position ``began`` on, and note it.
+
+        ``edited``: whether there was an editor, if the session has none of its own.
+        """
         broken = self._buffers.fault()
         if not np.isfinite(logits).all():
             bad = int(np.argmin(np.isfinite(logits).all(axis=1)))
@@ -267,9 +304,11 @@ class Session:
                 "the session is as it was before the call"
             )
         self._last_logits = logits[-1].copy()
-        self.last_edit = report if self._editing else None
-        if self.log is not None and self._editing:
-            self.log.add(report)
+        edited = edited or bool(self._editing)
+        self.last_edit = report if edited else None
+        if self._log is not None and edited:
+            self._logged += report.lessons
+            self._log.add(report)
 
     def _most(self, tokens: int) -> int:
         """Tokens, of ``tokens``, that the model may run on at once."""
@@ -330,23 +369,34 @@ class Session:
     def _open_editor(self, editor: Editor | None) -> Editing:
         return Editing(editor, self.model.backend, self._buffers, self._edit)
 
-    @contextlib.contextmanager
-    def _edited_by(self, editor: Editor | None, token: Array, report: EditReport) -> Iterator[None]:
-        """Edit with ``editor`` for one call that begins with ``token``.
+    def _chosen(self, editor: Editor | None, call: str) -> Editor | None:
+        """The editor of a call that must have one."""
+        if editor is None and self.editor is None:
+            raise UsageError(f"{call}: the session has no editor; give one, as in {call}(tokens, Editor())")
+        return self.editor if editor is None else editor
 
-        A period ends early where one editor hands over to another. The last position, whose target is
-        still to come, goes to the session's own editor.
+    def _lend(self, editor: Editor | None, token: Array, report: EditReport) -> Editing:
+        """Let ``editor`` edit the call that begins with ``token``; returns the session's own editing.
+
+        A period ends early where one editor hands over to another.
         """
-        if editor == self.editor:
-            yield
-            return
-        own, other = self._editing, self._open_editor(editor)
+        own = self._editing
+        if editor == own.editor:
+            return own
+        other = self._open_editor(editor)
         own.hand_over(token, self.position, report)
         if other.readout and (left := self._left_for_observe()):
             other.readout.restore(left)
         self._editing = other
-        yield
-        pending = other.finish(self.position, report)
+        return own
+
+    def _take_back(self, own: Editing, report: EditReport) -> None:
+        """End the last period; what is to come is ``own``'s.
+
+        The last position, whose target is still to come, goes to the session's own editor of the readout
+        memory, or waits for the next one. To editors of the layers' memories it is lost.
+        """
+        pending = self._editing.finish(self.position, report)
         if own.readout and pending is not None:
             own.readout.restore(pending)
         elif pending is not None:
@@ -383,14 +433,16 @@ class Session:
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
-        if not self._lock.acquire(blocking=False):
-            raise UsageError(
-                "the session is in use by another thread or a batch; give each stream a session of its own"
-            )
+        # No lock: Ctrl-C between its `acquire` and whatever notes it would leave the session taken for
+        # good. Here `finally` sees whose it is, and calls nothing that Ctrl-C could interrupt.
+        call, user = object(), self._user
         try:
+            if user.setdefault("call", call) is not call:
+                raise UsageError(_IN_USE)
             yield
         finally:
-            self._lock.release()
+            if "call" in user and user["call"] is call:
+                del user["call"]
 
     @contextlib.contextmanager
     def _transaction(self, tokens: int, hands_over: bool = False, runs: int | None = None) -> Iterator[None]:
@@ -402,7 +454,9 @@ class Session:
             runs: of the model, where they do not follow from the tokens.
         """
         position, last, edit = self.position, self._last_logits, self.edit
-        editing, unfinished, told = self._editing, self._unfinished, self._told()
+        editing, unfinished, reported = self._editing, self._unfinished, self.last_edit
+        self._logged = []
+        editing.begin()
         runs = -(-tokens // SEGMENT) if runs is None else runs
         # Whoever edits the layers' memories writes over the state: it is kept, as for several runs.
         rewrites = editing.memories is not None or hands_over
@@ -416,15 +470,17 @@ class Session:
             self._edit[0] = edit
             self._editing, self._unfinished = editing, unfinished
             editing.rewind(pending)
-            self._untell(told)
+            self.last_edit = reported
+            if self._log is not None:
+                self._log.take_back(self._logged)
             raise
 
-    def _told(self) -> tuple[EditReport | None, int]:
-        """What has been reported so far."""
-        return self.last_edit, len(self.log) if self.log is not None else 0
 
-    def _untell(self, told: tuple[EditReport | None, int]) -> None:
-        """Take back reports of what was undone."""
-        self.last_edit, count = told
-        if self.log is not None:
-            self.log.rewind(count)
+def _check_watch(watch: object) -> None:
+    if watch is not None and not callable(watch):
+        raise UsageError(f"watch is {watch!r}; give a function of the number of tokens seen, or None")
+
+
+def _check_seed(seed: object) -> None:
+    if seed is not None and not (isinstance(seed, int | np.integer) and seed >= 0):
+        raise UsageError(f"seed is {seed!r}; it must be an integer, 0 or more")

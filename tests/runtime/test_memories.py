@@ -285,35 +285,6 @@ def test_more_steps_learn_more_of_a_period(model: tr.Model) -> None:
     assert losses[0] > losses[1] > losses[2]
 
 
-@pytest.mark.parametrize("editor", ["prediction:step=0.02,chunk=16", "readout:step=0.5,chunk=4"])
-def test_every_pass_over_a_context_begins_with_what_the_last_one_learnt(model: tr.Model, editor: str) -> None:
-    session = _session(model, editor)
-    session.append(b"so: ")
-    reports = session.prepare(TEXT, passes=3)
-    losses = [report.loss for report in reports]
-    assert losses[0] > losses[1] > losses[2]
-    assert session.position == 4 + len(TEXT)
-    with pytest.raises(tr.UsageError, match="passes is 0"):
-        session.prepare(TEXT, passes=0)
-
-
-def test_a_preparation_that_fails_is_undone(model: tr.Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    session = _session(model, EDITORS[4])
-    session.append(b"so: ")
-    mark, calls = session.snapshot(), itertools.count()
-    observe = tr.Session.observe
-
-    def interrupted(self: tr.Session, *given: object) -> tr.EditReport:
-        if next(calls) == 1:
-            raise KeyboardInterrupt
-        return observe(self, *given)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(tr.Session, "observe", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        session.prepare(TEXT, passes=3)
-    assert_same_snapshot(session.snapshot(), mark)
-
-
 # --- transactions
 
 

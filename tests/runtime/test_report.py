@@ -119,3 +119,42 @@ def test_a_batch_that_was_undone_is_not_told(model: tr.Model, monkeypatch: pytes
     with model.batch(sessions) as batch, pytest.raises(tr.NumericsError):
         batch.append([TEXT, TEXT])
     assert [(len(one.log or ()), one.last_edit) for one in sessions] == [(0, None), (0, None)]
+
+
+@pytest.mark.parametrize("own", [None, "readout:chunk=8", "prediction:step=0.01,chunk=8"])
+@pytest.mark.parametrize("other", ["readout:chunk=5", "prediction:step=0.01,chunk=5+readout:chunk=8"])
+def test_a_log_tells_what_another_editor_has_learnt(model: tr.Model, own: str | None, other: str) -> None:
+    """To its last lesson, which ends where the session's own editor takes over."""
+    session = model.session(0.5, tr.Editor.parse(own) if own else None)
+    session.log = tr.EditLog()
+    report = session.observe(TEXT[:20], tr.Editor.parse(other))
+    assert list(session.log) == report.lessons
+    assert session.last_edit is report
+
+
+def test_a_call_that_was_undone_leaves_the_lessons_of_others_in_a_shared_log(
+    model: tr.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sessions, log = [model.session(0.5, EDITOR) for _ in range(3)], tr.EditLog()
+    for session in sessions:
+        session.log = log
+    sessions[0].append(TEXT)
+    kept = list(log)
+    conclude = tr.Session._conclude
+
+    def failing(self: tr.Session, *arguments: object) -> None:
+        if self is sessions[2]:
+            raise tr.NumericsError("not finite")
+        conclude(self, *arguments)
+        log.add(tr.EditReport(lessons=[Lesson("readout", 0, 4)]))  # of somebody else, meanwhile
+
+    monkeypatch.setattr(tr.Session, "_conclude", failing)
+    with model.batch(sessions[1:]) as batch, pytest.raises(tr.NumericsError):
+        batch.append([TEXT, TEXT])
+    assert list(log) == [*kept, Lesson("readout", 0, 4)]
+
+
+def test_a_session_takes_no_other_log(model: tr.Model) -> None:
+    session = _logged(model)
+    with pytest.raises(tr.UsageError, match=r"give an EditLog"):
+        session.log = []  # type: ignore[assignment]

@@ -86,7 +86,8 @@ def test_samples_alone_never_change_the_readout_memory(model: tr.Model) -> None:
     [
         ({"max_new_tokens": -1}, "max_new_tokens is -1"),
         ({"max_new_tokens": 1.5}, "max_new_tokens is 1.5; it must be an integer"),
-        ({"max_new_tokens": 1, "seed": -1}, "seed is -1; it must be 0 or more"),
+        ({"max_new_tokens": 1, "seed": -1}, "seed is -1; it must be an integer, 0 or more"),
+        ({"max_new_tokens": 1, "seed": 1.5}, "seed is 1.5; it must be an integer, 0 or more"),
         ({"max_new_tokens": 1, "temperature": -1.0}, "temperature is -1.0"),
         ({"max_new_tokens": 1, "top_p": 2.0}, "top_p is 2.0"),
     ],

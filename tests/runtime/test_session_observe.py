@@ -21,7 +21,6 @@ from tests.runtime.streams import (
     streams,
 )
 from titans_runtime.editor import Editor
-from titans_runtime.forward import SEGMENT
 
 
 def test_observing_reports_what_was_learnt(model: tr.Model) -> None:
@@ -115,7 +114,7 @@ def _no_session_is_left_locked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
     monkeypatch.setattr(tr.Session, "__init__", remember)
     yield
-    assert not any(session._lock.locked() for session in made)
+    assert not any(session._user for session in made)
 
 
 def test_lessons_of_one_token_teach_what_one_lesson_does(model: tr.Model) -> None:
@@ -159,10 +158,9 @@ def test_the_position_between_two_lessons_goes_with_the_session(
     assert not [name for name in session.snapshot().arrays if name.startswith("pending.")]
 
 
-def test_a_preparation_tells_how_far_it_has_come(model: tr.Model) -> None:
-    for editor, largest in ((Editor(step=0.5), SEGMENT), (Editor("prediction", chunk=512), 512)):
-        seen: list[int] = []
-        model.session(0.0, editor).prepare(LONG, passes=2, watch=seen.append)
-        assert sum(seen) == 2 * len(LONG)
-        assert len(seen) >= 4
-        assert max(seen) == largest
+def test_a_watch_that_cannot_be_told_is_refused(model: tr.Model) -> None:
+    session = model.session(0.5, Editor(step=0.5))
+    for call in (session.observe, session.prepare):
+        with pytest.raises(tr.UsageError, match="watch is 5"):
+            call(b"abc", watch=5)  # type: ignore[operator]
+    assert session.position == 0

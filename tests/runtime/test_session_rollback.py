@@ -196,3 +196,10 @@ def test_a_sample_that_fails_is_undone(model: tr.Model, monkeypatch: pytest.Monk
     with pytest.raises(KeyboardInterrupt):
         next(tokens)
     assert_same_snapshot(session.snapshot(), before)
+
+
+@pytest.mark.parametrize("thing", [None, "a path", b"bytes"])
+def test_what_is_no_snapshot_is_refused(model: tr.Model, thing: object) -> None:
+    session = model.session()
+    with pytest.raises(tr.UsageError, match="is no snapshot; give what"):
+        session.restore(thing)  # type: ignore[arg-type]
