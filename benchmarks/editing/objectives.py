@@ -6,8 +6,8 @@ Step sizes are swept on development texts alone; the table is of held-out ones: 
 language (the Perl of the machine), a log, English prose. Every byte is scored before a memory sees it; each
 text begins with an empty memory. What is saved is set against what it costs: milliseconds a token for
 every bit a token. One results file a checkpoint, benchmarks/results/objectives-NAME.json; what is there
-for the same weights and settings is not made again, and what is there of a checkpoint that is not on this
-machine is taken as it is. Writes objectives.md and objectives.png beside them.
+for the same weights and settings is not made again. Writes objectives.md and objectives.png beside them,
+of all checkpoints that have results.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 import titans_runtime as tr
 from benchmarks.command import conclude
 from benchmarks.editing.choose import development_texts
-from benchmarks.editing.run import RESULTS, digest, measured_before, texts
+from benchmarks.editing.run import RESULTS, digest, texts
 from titans_export.editing import read_editing
 from titans_export.pipeline import export_bundle
 from titans_export.training.data import Source
@@ -61,26 +61,36 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, default=16384, help="of each held-out text")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    results = {}
     for checkpoint in args.checkpoints:
         path = RESULTS / f"objectives-{checkpoint.name}.json"
-        result = measured_before(checkpoint, path)
-        if checkpoint.is_dir():
-            subject = {
-                "weights": digest(checkpoint),
-                "editing": read_editing(checkpoint),
-                "trained_with_edit": trained_edit(checkpoint),
-                "development_bytes": args.development_bytes,
-                "bytes": args.bytes,
-            }
-            if any(result.get(name) != value for name, value in subject.items()):
-                result = subject | measure(checkpoint, args)
-                path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        results[checkpoint.name] = result
-    table = "\n".join(lines(results))
-    (RESULTS / "objectives.md").write_text(table + "\n", encoding="utf-8")
+        subject = {
+            "weights": digest(checkpoint),
+            "editing": read_editing(checkpoint),
+            "trained_with_edit": trained_edit(checkpoint),
+            "development_bytes": args.development_bytes,
+            "bytes": args.bytes,
+        }
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if any(before.get(name) != value for name, value in subject.items()):
+            result = subject | measure(checkpoint, args)
+            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    results = all_measured()
+    (RESULTS / "objectives.md").write_text(page(results), encoding="utf-8")
     plot(results)
-    print(table)
+    print(page(results), end="")
+
+
+def all_measured() -> dict[str, dict[str, Any]]:
+    """The results of every checkpoint that has some, by its name."""
+    return {
+        path.stem.removeprefix("objectives-"): json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(RESULTS.glob("objectives-*.json"))
+    }
+
+
+def page(results: dict[str, dict[str, Any]]) -> str:
+    """The tables of ``results``."""
+    return "\n".join(lines(results)) + "\n"
 
 
 def trained_edit(checkpoint: Path) -> float:
