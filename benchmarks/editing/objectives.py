@@ -84,7 +84,7 @@ def all_measured() -> dict[str, dict[str, Any]]:
     """The results of every checkpoint that has some, by its name."""
     return {
         path.stem.removeprefix("objectives-"): json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted(RESULTS.glob("objectives-*.json"))
+        for path in sorted(RESULTS.glob("objectives-*.json"), key=lambda path: path.stem)
     }
 
 
