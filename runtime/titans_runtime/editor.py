@@ -297,7 +297,8 @@ def chosen_memories(editor: Editor, manifest: Manifest) -> tuple[str, ...]:
     """Names of the memories that an editor edits: those its graph differentiates by and its patterns fit.
 
     Raises:
-        UsageError: there is no such graph, a pattern fits none, or it has no gradients.
+        UsageError: there is no such graph, a pattern fits none, it has no gradients, or the optimizer
+            cannot step a memory of such a shape.
     """
     if editor.graph not in manifest.graphs:
         known = [name.removeprefix("gradient.") for name in manifest.graphs if name.startswith("gradient.")]
@@ -314,7 +315,34 @@ def chosen_memories(editor: Editor, manifest: Manifest) -> tuple[str, ...]:
     )
     if not chosen:
         raise UsageError(f"the bundle's graph {editor.graph} has no gradients")
+    _check_shapes(editor, manifest, chosen)
     return chosen
+
+
+def _check_shapes(editor: Editor, manifest: Manifest, chosen: tuple[str, ...]) -> None:
+    """Matrices for an optimizer of matrices: a memory's first axis counts heads, or whatever has its own."""
+    if not getattr(OPTIMIZERS[editor.optimizer], "needs_matrices", False):
+        return
+    for entry in manifest.state:
+        if entry.name in chosen and len(entry.row_shape) < 3:
+            shape = f"{entry.name} has shape {entry.row_shape}, no (heads, rows, columns)"
+            raise UsageError(
+                f"editor optimizer {editor.optimizer}: it takes matrices, and {shape}; "
+                "choose another optimizer, or matrices by memories="
+            )
+
+
+def check_fits(editor: Editor, manifest: Manifest) -> None:
+    """Whether a bundle can be edited as an editor asks; without loading anything.
+
+    Raises:
+        UsageError: the bundle has not what the editor, or the one beside it, edits.
+    """
+    for part in editor.parts:
+        if not part.is_readout:
+            chosen_memories(part, manifest)
+        elif part.graph not in manifest.graphs or all(entry.name != "readout" for entry in manifest.state):
+            raise UsageError("editor objective 'readout': the bundle has no readout memory to edit")
 
 
 def specification(editor: dict[str, Any] | None) -> str:
