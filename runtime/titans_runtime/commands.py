@@ -17,7 +17,7 @@ from titans_runtime import scoring
 from titans_runtime.bundle import MANIFEST_NAME, open_bundle
 from titans_runtime.compare import Difference, compare
 from titans_runtime.editor import Editor, specification
-from titans_runtime.errors import DataError, TitansError, UsageError
+from titans_runtime.errors import DataError, NumericsError, TitansError, UsageError
 from titans_runtime.files import why_unwritable, write_output
 from titans_runtime.forward import SEGMENT
 from titans_runtime.model import RECOMMENDED, load
@@ -105,6 +105,8 @@ def run(args: argparse.Namespace) -> int:
     prepared = _prepare(session, context, args.passes or 1)
     began, told = session.position, len(session.log)
     score = _score(session, text, args)
+    if args.log:
+        session.log.save(args.log)
     if args.state_out:
         session.save(args.state_out)
     fields = {
@@ -118,8 +120,6 @@ def run(args: argparse.Namespace) -> int:
         "bundle": session.model.manifest.identity,
     }
     fields |= {"prepared": prepared} if prepared else {}
-    if args.log:
-        session.log.save(args.log)
     if unedited is not None:
         if context:
             scoring.score(unedited, context, _bar(context, "preparing without editing"))
@@ -137,10 +137,10 @@ def _score(session: Session, text: bytes, args: argparse.Namespace) -> scoring.S
     began = session.position
     try:
         return scoring.score(session, text, _bar(text, "scoring"))
-    except TitansError as error:
+    except NumericsError as error:
         kept = _save_lessons(session, args.log)
         place = f"{_name(args.file)}: in the call that began at byte {session.position - began:,}"
-        raise type(error)(f"{place}: {error}{kept}") from None
+        raise NumericsError(f"{place}: {error}{kept}") from None
     except BaseException:
         _save_lessons(session, args.log)
         raise
