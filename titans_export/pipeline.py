@@ -21,7 +21,7 @@ from titans_converters.program import Program
 from titans_converters.torchscript import write_torchscript
 from titans_converters.twins import GradientTwin, gradient_twin
 from titans_export import contents
-from titans_export.editing import read_editing
+from titans_export.editing import check_editing, read_editing
 from titans_export.exportable import Exportable, load_exportable
 from titans_export.training.checkpoint import round_to_half
 from titans_runtime import bundle as bundles
@@ -70,7 +70,7 @@ def export_bundle(
         The checks of all formats, ONNX first.
 
     Raises:
-        DataError: the checkpoint is damaged.
+        DataError: the checkpoint is damaged, or recommends an editor that does not fit the model.
         UsageError: ``bundle`` holds anything but an intact bundle, the vocabulary is not one of bytes, or
             the model's memory has no form ``scan``.
         CheckFailed: the exported graphs do not reproduce the model; nothing is written.
@@ -109,6 +109,7 @@ def export_bundle(
         specs |= {name: contents.gradient_graph(name, graph, twins) for name, graph in gradients.items()}
         specs["model"] = replace(specs["model"], lengths=lengths)
         manifest = partial(contents.manifest, model, specs, work, files, editing, weights, scan)
+        check_editing(checkpoint, editing, manifest(_TOLERANCE))
         if quantised is not None:
             report("replaying the goldens with activations in float32")
             write_models(graphs, work, weights, quantised, FLOAT_PRODUCTS)

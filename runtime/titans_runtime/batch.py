@@ -167,21 +167,22 @@ class Batch:
             For every session its logits ``(T, vocab)`` float32.
 
         Raises:
-            UsageError: the batch is not open, or there are not as many token sequences as sessions.
+            UsageError: the batch is not open, there are not as many token sequences as sessions, or not as
+                many values of ``teach``, true or false each.
             TokenError: tokens of one are empty, of a wrong type, or out of range.
             NumericsError: a value is not finite.
         """
         self._check_open()
+        if not isinstance(tokens, Sequence | np.ndarray):
+            raise UsageError(f"batch: tokens are {tokens!r}; give a sequence of tokens for every session")
         if len(tokens) != len(self._sessions):
             raise UsageError(f"batch: {len(tokens)} token sequences for {len(self._sessions)} sessions")
-        teach = [True] * len(tokens) if teach is None else teach
-        if len(teach) != len(tokens):
-            raise UsageError(f"batch: teach has {len(teach)} values for {len(tokens)} sessions")
-        if not all(teach) and any(len(one) != 1 for one in tokens):
-            raise UsageError("batch: teach is for calls of one token a session; leave it out")
-        if not tokens:
-            return []
+        teach = [True] * len(tokens) if teach is None else _checked_teach(teach, len(tokens))
         ids = [checked_input(one, self._model.manifest) for one in tokens]
+        if not all(teach) and any(len(one) != 1 for one in ids):
+            raise UsageError("batch: teach is for calls of one token a session; leave it out")
+        if not ids:
+            return []
         shared = min(len(one) for one in ids)
         self._align()
         with contextlib.ExitStack() as transactions:
@@ -265,6 +266,22 @@ class Batch:
         if tokens == 1:
             self._calls[which] = (call, ids, logits, keys)
         return call, ids, logits, keys
+
+
+def _checked_teach(teach: object, sessions: int) -> list[bool]:
+    """For every session whether it learns.
+
+    Raises:
+        UsageError: they are not as many as sessions, or one is neither true nor false.
+    """
+    if not isinstance(teach, Sequence | np.ndarray):
+        raise UsageError(f"batch: teach is {teach!r}; give True or False for every session")
+    if len(teach) != sessions:
+        raise UsageError(f"batch: teach has {len(teach)} values for {sessions} sessions")
+    for one in teach:
+        if not isinstance(one, bool | np.bool):
+            raise UsageError(f"batch: teach holds {one!r}; give True or False for every session")
+    return [bool(one) for one in teach]
 
 
 def _segments(tokens: int) -> int:

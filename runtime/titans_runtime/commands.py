@@ -17,7 +17,7 @@ from titans_runtime import scoring
 from titans_runtime.bundle import MANIFEST_NAME, open_bundle
 from titans_runtime.compare import Difference, compare
 from titans_runtime.editor import Editor, specification
-from titans_runtime.errors import DataError, UsageError
+from titans_runtime.errors import DataError, NumericsError, TitansError, UsageError
 from titans_runtime.files import why_unwritable, write_output
 from titans_runtime.forward import SEGMENT
 from titans_runtime.model import RECOMMENDED, load
@@ -104,7 +104,9 @@ def run(args: argparse.Namespace) -> int:
     unedited = _unedited(session) if args.report else None
     prepared = _prepare(session, context, args.passes or 1)
     began, told = session.position, len(session.log)
-    score = scoring.score(session, text, _bar(text, "scoring"))
+    score = _score(session, text, args)
+    if args.log:
+        session.log.save(args.log)
     if args.state_out:
         session.save(args.state_out)
     fields = {
@@ -118,8 +120,6 @@ def run(args: argparse.Namespace) -> int:
         "bundle": session.model.manifest.identity,
     }
     fields |= {"prepared": prepared} if prepared else {}
-    if args.log:
-        session.log.save(args.log)
     if unedited is not None:
         if context:
             scoring.score(unedited, context, _bar(context, "preparing without editing"))
@@ -130,6 +130,31 @@ def run(args: argparse.Namespace) -> int:
         write_output(args.report, page.render().encode("utf-8", "replace"))
     _print_fields(fields, args.json)
     return 0
+
+
+def _score(session: Session, text: bytes, args: argparse.Namespace) -> scoring.Score:
+    """Score the file. Where that ends early, Ctrl-C included, the log keeps what was learnt until then."""
+    began = session.position
+    try:
+        return scoring.score(session, text, _bar(text, "scoring"))
+    except NumericsError as error:
+        kept = _save_lessons(session, args.log)
+        place = f"{_name(args.file)}: in the call that began at byte {session.position - began:,}"
+        raise NumericsError(f"{place}: {error}{kept}") from None
+    except BaseException:
+        _save_lessons(session, args.log)
+        raise
+
+
+def _save_lessons(session: Session, path: Path | None) -> str:
+    """Write the log of a run that has failed, and say so; a log that cannot be written is no other error."""
+    if path is None or not session.log:  # an older file is worth more than an empty one
+        return ""
+    try:
+        session.log.save(path)
+    except TitansError as error:
+        return f"; {error}"
+    return f"; {path} has the lessons before it"
 
 
 def _name(file: str) -> str:
@@ -152,11 +177,18 @@ def _prepare(session: Session, context: bytes, passes: int) -> dict[str, Any]:
     _require_editor(session, "--prepare")
     with progress_counter(passes * len(context), "preparing", "B", scaled=True) as watch:
         reports = session.prepare(context, passes, watch=watch)
-    return {
+    told: dict[str, Any] = {
         "bytes": len(context),
         "passes": passes,
         "loss": [_json_number(round(report.loss, 4)) for report in reports],
     }
+    objectives = dict.fromkeys(name for report in reports for name in report.losses)
+    if len(objectives) > 1:
+        told["losses"] = {
+            name: [_json_number(round(report.losses.get(name, math.nan), 4)) for report in reports]
+            for name in objectives
+        }
+    return told
 
 
 def _bar(text: bytes, label: str) -> Iterable[int]:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import numbers
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, cast
@@ -23,6 +23,7 @@ OBJECTIVES = ("readout", "prediction", "association")
 MAX_CHUNK = 1024
 MAX_STEP = 1e6  # far beyond any use, and far from where float32 ends
 _MAX_STEPS = 1000
+_SHOWN = 60
 READOUT_OPTIMIZERS = ("sgd", "adagrad")
 _STEPS = {"prediction": 0.1, "association": 1e-4}
 _STEPS_OF_OPTIMIZERS = {"titans": 1.0, "adam": 0.01, "muon": 0.01}
@@ -206,8 +207,11 @@ class Editor:
         """Read an editor from plain JSON types.
 
         Raises:
-            UsageError: an unknown field, or a value outside its range.
+            UsageError: no object, an unknown field, or a value outside its range.
         """
+        given: object = content
+        if not isinstance(given, Mapping):
+            raise UsageError(f"editor is {_shown(given)}; give an object with its fields, as to_dict() does")
         known = [item.name for item in fields(cls)]
         for name in content:
             if name not in known:
@@ -231,12 +235,21 @@ class Editor:
         Several patterns of memories are joined by ``|``.
 
         Raises:
-            UsageError: the text is malformed; the message names the part.
+            UsageError: no text, or a malformed one; the message names the part.
         """
+        given: object = text
+        if not isinstance(given, str):
+            raise UsageError(f"editor is {_shown(given)}; give a text, as in 'readout:step=1,chunk=4'")
         first, *rest = (_parsed(cls, part, text) for part in re.split(r"\+(?=[a-z])", text))
         if len(rest) > 1:
             raise UsageError(f"--editor {text}: two editors at most")
         return dataclasses.replace(first, also=rest[0]) if rest else first
+
+
+def _shown(value: object) -> str:
+    """As Python writes it, in a line of bearable length."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def _default_step(objective: str, optimizer: str) -> float:
@@ -297,7 +310,8 @@ def chosen_memories(editor: Editor, manifest: Manifest) -> tuple[str, ...]:
     """Names of the memories that an editor edits: those its graph differentiates by and its patterns fit.
 
     Raises:
-        UsageError: there is no such graph, a pattern fits none, or it has no gradients.
+        UsageError: there is no such graph, a pattern fits none, it has no gradients, or the optimizer
+            cannot step a memory of such a shape.
     """
     if editor.graph not in manifest.graphs:
         known = [name.removeprefix("gradient.") for name in manifest.graphs if name.startswith("gradient.")]
@@ -314,7 +328,34 @@ def chosen_memories(editor: Editor, manifest: Manifest) -> tuple[str, ...]:
     )
     if not chosen:
         raise UsageError(f"the bundle's graph {editor.graph} has no gradients")
+    _check_shapes(editor, manifest, chosen)
     return chosen
+
+
+def _check_shapes(editor: Editor, manifest: Manifest, chosen: tuple[str, ...]) -> None:
+    """Matrices for an optimizer of matrices: a memory's first axis counts heads, or whatever has its own."""
+    if not getattr(OPTIMIZERS[editor.optimizer], "needs_matrices", False):
+        return
+    for entry in manifest.state:
+        if entry.name in chosen and len(entry.row_shape) < 3:
+            shape = f"{entry.name} has shape {entry.row_shape}, no (heads, rows, columns)"
+            raise UsageError(
+                f"editor optimizer {editor.optimizer}: it takes matrices, and {shape}; "
+                "choose another optimizer, or matrices by memories="
+            )
+
+
+def check_fits(editor: Editor, manifest: Manifest) -> None:
+    """Whether a bundle can be edited as an editor asks; without loading anything.
+
+    Raises:
+        UsageError: the bundle has not what the editor, or the one beside it, edits.
+    """
+    for part in editor.parts:
+        if not part.is_readout:
+            chosen_memories(part, manifest)
+        elif part.graph not in manifest.graphs or all(entry.name != "readout" for entry in manifest.state):
+            raise UsageError("editor objective 'readout': the bundle has no readout memory to edit")
 
 
 def specification(editor: dict[str, Any] | None) -> str:

@@ -247,11 +247,11 @@ class MemoriesEditor:
             if number and 0 < editor.budget <= 1000 * (self.spent + time.perf_counter() - began):
                 lesson.refused = "time budget spent"
                 break
-            after, progress, norms = self._step(values, found)
-            bad = next(filter(None, map(fault, after.values())), "")
+            after, progress, norms = self._step(values, found, first=number == 0)
+            what, bad = _fault(after, progress, norms)
             if bad and not editor.rollback:
                 raise NumericsError(
-                    f"after a step of {editor.objective} a memory is {bad}; "
+                    f"after a step of {editor.objective} {what} is {bad}; "
                     "the session is as it was before the call"
                 )
             loss = math.nan
@@ -276,31 +276,35 @@ class MemoriesEditor:
             return NOT_FINITE
         return "loss rose" if loss > (lesson.loss_after if lesson.steps else lesson.loss) else ""
 
-    def _step(self, values: Arrays, found: Arrays) -> tuple[Arrays, _Progress, dict[str, float]]:
-        """Memories after one step on the gradients in ``found``, the optimizer's progress, and norms."""
+    def _step(self, values: Arrays, found: Arrays, first: bool) -> tuple[Arrays, _Progress, dict[str, float]]:
+        """Memories after one step on the gradients in ``found``, the optimizer's progress, and norms.
+
+        ``first``: whether it is the period's first step.
+        """
         gradients = {name: found[f"grad.{name}"] for name in self._memories}
         norms = {name: _norm(gradient) for name, gradient in gradients.items()}
         whole, clip = math.hypot(*norms.values()), self.editor.clip
-        if 0 < clip < whole:
-            gradients = {name: g * np.float32(clip / whole) for name, g in gradients.items()}
         after, moments = {}, {}
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found and refused
+            if 0 < clip < whole:
+                gradients = {name: _scaled(gradient, clip / whole) for name, gradient in gradients.items()}
             for name, gradient in gradients.items():
-                given = Step(gradient, self._moments(name), self._progress.count, self._gates(name, found))
+                kept = self._moments(name, first)
+                given = Step(gradient, kept, self._progress.count, self._gates(name, found))
                 after[name], moments[name] = self._optimizer.step(values[name], given)
         return after, replace(self._progress, moments=moments, count=self._progress.count + 1), norms
 
-    def _moments(self, memory: str) -> Arrays:
-        """The optimizer's moments; where it takes the model's place, the momentum is the model's own."""
-        own = self._own_momentum(memory)
-        moments = self._progress.moments[memory]
-        if self.editor.replace and own in self._anchor and "momentum" in moments:
-            return moments | {"momentum": self._anchor[own]}
-        return moments
+    def _moments(self, memory: str, first: bool) -> Arrays:
+        """The optimizer's moments. Where it takes the model's place, a period begins with the model's own."""
+        moments, own = self._progress.moments[memory], self._own_momentum(memory)
+        return moments | {"momentum": self._anchor[own]} if first and own else moments
 
     def _own_momentum(self, memory: str) -> str:
+        """Name of the model's momentum that the optimizer goes on with; empty where it keeps its own."""
         head, _, tail = memory.rpartition("memory")
-        return f"{head}momentum{tail}"
+        own = f"{head}momentum{tail}"
+        shared = self.editor.replace and getattr(self._optimizer, "shares_momentum", False)
+        return own if shared and own in self._anchor else ""
 
     def _gates(self, memory: str, found: Arrays) -> Gates:
         return Gates(*(found.get(f"gate.{memory}.{name}") for name in ("retention", "momentum", "step")))
@@ -319,10 +323,8 @@ class MemoriesEditor:
     def _write(self, values: Arrays, sequence: Array) -> None:
         """Let the state after the period follow from the edited state before it."""
         if self.editor.replace:
-            moments = {
-                self._own_momentum(name): self._progress.moments[name].get("momentum") for name in values
-            }
-            own = {name: m for name, m in moments.items() if m is not None and name in self._anchor}
+            names = {name: self._own_momentum(name) for name in values}
+            own = {own: self._progress.moments[name]["momentum"] for name, own in names.items() if own}
             self._buffers.overwrite(values | own)
             return
         spec = self._manifest.graphs["model"]
@@ -357,7 +359,28 @@ def _room(tensor: TensorSpec, tokens: int) -> Array:
     return np.empty(shape, DTYPES[tensor.dtype])
 
 
+def _fault(after: Arrays, progress: _Progress, norms: dict[str, float]) -> tuple[str, str]:
+    """What of a step must not be kept, and why; two empty texts where all may.
+
+    A memory can be finite where gradient and moments are not: what is divided by infinity is zero, in this
+    step and in all later ones.
+    """
+    if bad := next(filter(None, map(fault, after.values())), ""):
+        return "a memory", bad
+    for moments in progress.moments.values():
+        for kind, array in moments.items():
+            if not np.isfinite(array).all():
+                return f"the optimizer's {kind}", NOT_FINITE
+    return ("", "") if math.isfinite(math.hypot(*norms.values())) else ("the gradient", NOT_FINITE)
+
+
 def _norm(array: Array) -> float:
-    flat = array.reshape(-1)
-    with np.errstate(over="ignore", invalid="ignore"):
-        return math.sqrt(float(np.dot(flat, flat)))
+    """Euclidean norm. In float64: in float32 the squares of numbers beyond 1e19 are infinite."""
+    flat = array.reshape(-1).astype(np.float64)
+    return math.sqrt(float(np.dot(flat, flat)))
+
+
+def _scaled(gradient: Array, factor: float) -> Array:
+    """In float64, too: a factor that brings the largest gradients down is zero in float32."""
+    scaled: Array = (gradient * np.float64(factor)).astype(gradient.dtype)
+    return scaled

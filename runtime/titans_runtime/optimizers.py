@@ -11,7 +11,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -48,7 +48,18 @@ class Step:
 
 
 class Optimizer(Protocol):
-    """A rule for one memory at a time."""
+    """A rule for one memory at a time.
+
+    Two attributes of its class are optional, and false where they are missing:
+
+    ``shares_momentum``: its moment ``momentum`` is the model's own ``S``, sign and scale included: what is
+    added to the memory. Where an editor's ``replace`` puts the step in the place of what the model writes,
+    the first step of a period goes on from the model's momentum, and the last one's is written there. Others
+    keep moments of their own.
+
+    ``needs_matrices``: it works on matrices, the last two axes of ``(B, heads, rows, columns)``. An editor
+    with it is refused for a memory that is a vector to each head.
+    """
 
     @property
     def moments(self) -> tuple[str, ...]:
@@ -95,6 +106,8 @@ class Titans:
         retention: ``a`` in place of the model's.
         floor: least ``a``: bounds what one step forgets.
     """
+
+    shares_momentum: ClassVar[bool] = True
 
     size: float = 1.0
     momentum: float | None = None
@@ -150,6 +163,8 @@ class Muon:
 
     As ``torch.optim.Muon`` has it, without weight decay, and in float32 where that rounds to bfloat16.
     """
+
+    needs_matrices: ClassVar[bool] = True
 
     size: float = 1.0
     momentum: float = 0.95
@@ -216,8 +231,8 @@ def orthogonalised(matrices: Array) -> Array:
     a, b, c = (np.float32(x) for x in _NEWTON_SCHULZ)
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = np.swapaxes(matrices, -1, -2) if tall else matrices
-    norm = np.sqrt(np.square(x).sum((-2, -1), keepdims=True))
-    x = x / np.maximum(norm, np.float32(1e-7))
+    norm = np.sqrt(np.square(x, dtype=np.float64).sum((-2, -1), keepdims=True))  # of numbers beyond 1e19, too
+    x = (x / np.maximum(norm, 1e-7)).astype(np.float32)
     for _ in range(_ROUNDS):
         gram = x @ np.swapaxes(x, -1, -2)
         x = a * x + (b * gram + c * (gram @ gram)) @ x

@@ -14,6 +14,8 @@ from titans_runtime.errors import DataError, UsageError
 from titans_runtime.files import write_output
 from titans_runtime.json_reader import parse_object
 
+_READOUT = "readout"
+
 
 @dataclass
 class Lesson:
@@ -73,11 +75,39 @@ class EditReport:
         self._seconds += lesson.seconds
 
     @property
+    def losses(self) -> dict[str, float]:
+        """Mean loss of the tokens that were learnt from, before the steps, by objective.
+
+        Losses of two objectives are different things, nats or squared errors: there is no mean of both.
+        """
+        tokens, totals = self._learnt(), dict.fromkeys(self._learnt(), 0.0)
+        for lesson in self.lessons:
+            if lesson.learnt:
+                totals[lesson.objective] += lesson.loss * lesson.learnt
+        return {objective: total / tokens[objective] for objective, total in totals.items()}
+
+    @property
     def loss(self) -> float:
-        """Mean loss of the lessons' tokens, before their steps; NaN where none was learnt from."""
-        learnt = [lesson for lesson in self.lessons if lesson.learnt]
-        total = sum(lesson.learnt for lesson in learnt)
-        return sum(lesson.loss * lesson.learnt for lesson in learnt) / total if total else math.nan
+        """One of :attr:`losses`: that of the objective that learnt from most tokens; NaN where none did.
+
+        But the readout's, in nats, where that learnt from half as many or more: of two editors that work
+        side by side, whose periods end at different tokens, it is always the same one's. What another editor
+        learnt to hand over to that of the call is a part of its last period, and seldom so many.
+        """
+        tokens = self._learnt()
+        if not tokens:
+            return math.nan
+        most = max(tokens, key=tokens.__getitem__)
+        beside = 2 * tokens.get(_READOUT, 0) >= tokens[most]
+        return self.losses[_READOUT if beside else most]
+
+    def _learnt(self) -> dict[str, int]:
+        """Tokens that were learnt from, by objective, where there are any."""
+        tokens: dict[str, int] = {}
+        for lesson in self.lessons:
+            if lesson.learnt:
+                tokens[lesson.objective] = tokens.get(lesson.objective, 0) + lesson.learnt
+        return tokens
 
     @property
     def gradient_norm(self) -> list[float]:
@@ -162,17 +192,18 @@ class EditLog:
         return log
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw loss, gradient norms, refusals and time along the stream, as PNG, SVG or PDF.
+        """Draw loss, gradient norms, refusals and time along the stream, as PNG, SVG or PDF, atomically.
 
         Raises:
-            UsageError: the log is empty.
-            EnvironmentProblem: matplotlib is missing.
+            UsageError: the log is empty, or the name does not end in a kind of picture.
+            EnvironmentProblem: matplotlib is missing, or the file cannot be written; an older one is
+                untouched.
         """
         from titans_runtime.log_plot import plot_log
 
         if not self.lessons:
             raise UsageError("edit log: is empty; give it to a session with an editor before the stream")
-        plot_log(self.lessons, Path(path))
+        write_output(Path(path), plot_log(self.lessons, Path(path)))
 
 
 def _finite(content: dict[str, Any]) -> dict[str, Any]:

@@ -236,6 +236,29 @@ def test_a_session_of_another_thread_is_refused_and_the_others_stay_free(model: 
     other.append(b"a")
 
 
+@pytest.mark.parametrize(
+    ("tokens", "teach", "kind", "message"),
+    [
+        (5, None, tr.UsageError, "batch: tokens are 5; give a sequence of tokens for every session"),
+        ([5, 6], None, tr.TokenError, "tokens have 0 axes"),
+        ([5, 6], [False, False], tr.TokenError, "tokens have 0 axes"),
+        ([b"a", None], None, tr.TokenError, "tokens have 0 axes"),
+        ([b"a", b"b"], "ab", tr.UsageError, "batch: teach holds 'a'; give True or False for every session"),
+        ([b"a", b"b"], [True, 2], tr.UsageError, "batch: teach holds 2; give True or False"),
+        ([b"a", b"b"], True, tr.UsageError, "batch: teach is True; give True or False for every session"),
+    ],
+)
+def test_what_no_batch_can_take_is_refused_and_changes_nothing(
+    model: tr.Model, tokens: object, teach: object, kind: type[Exception], message: str
+) -> None:
+    sessions = _sessions(model)[:2]
+    marks = [session.snapshot() for session in sessions]
+    with model.batch(sessions) as batch, pytest.raises(kind, match=f"^{message}"):
+        batch.append(tokens, teach)  # type: ignore[arg-type]
+    for session, mark in zip(sessions, marks, strict=True):
+        assert_same_snapshot(session.snapshot(), mark)
+
+
 def test_what_is_no_batch(model: tr.Model, tiny_bundle: str) -> None:
     session = model.session()
     stranger = tr.load(tiny_bundle, threads=1).session()

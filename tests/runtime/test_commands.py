@@ -16,6 +16,8 @@ from safetensors.numpy import load_file, save_file
 import titans_runtime as tr
 from tests.runtime.command import TEXT, Titans
 from tests.runtime.streams import assert_same_snapshot, change_manifest
+from titans_runtime.forward import SEGMENT
+from titans_runtime.memories import MemoriesEditor
 
 
 def _score(model: tr.Model, text: bytes, **settings: Any) -> float:  # noqa: ANN401 - arguments of Model.session
@@ -281,6 +283,98 @@ def test_run_prepares_by_several_passes_over_a_context(
     }
     assert_same_snapshot(model.load_session(memory).snapshot(), session.snapshot())
     assert [one.position for one in tr.EditLog.load(log)] == [one.position for one in session.log]
+
+
+def test_a_preparation_by_two_editors_tells_the_losses_of_each(
+    titans: Titans, tiny_bundle: Path, text: Path, context: Path, model: tr.Model
+) -> None:
+    editor = "readout:step=0.5+association:chunk=8"
+    options = ["--prepare", context, "--passes", 2, "--threads", 1, "--edit", 0, "--editor", editor]
+    prepared = titans("run", tiny_bundle, text, *options, "--json").json["prepared"]
+    session = model.session(edit=0.0, editor=tr.Editor.parse(editor))
+    reports = session.prepare(context.read_bytes(), 2)
+    assert prepared["loss"] == prepared["losses"]["readout"]
+    assert prepared["losses"] == {
+        name: pytest.approx([report.losses[name] for report in reports], abs=1e-3)
+        for name in ("readout", "association")
+    }
+
+
+@pytest.mark.parametrize("with_memory", [False, True])
+def test_a_run_that_fails_keeps_its_log_and_names_the_place(
+    with_memory: bool, titans: Titans, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The place is one of the file, whatever the memory has seen before."""
+    long, log, memory = tmp_path / "long", tmp_path / "log", tmp_path / "memory"
+    long.write_bytes(TEXT * (3 * SEGMENT // len(TEXT)))
+    editor = ["--editor", "prediction:chunk=64,step=0.01"]
+    if with_memory:
+        (tmp_path / "short").write_bytes(TEXT)
+        assert titans("run", tiny_bundle, tmp_path / "short", *editor, "--state-out", memory).code == 0
+    options = ["--state-in", memory] if with_memory else editor
+    _break_lessons_from(len(TEXT) * with_memory + SEGMENT + 100, monkeypatch)
+    outcome = titans("run", tiny_bundle, long, *options, "--log", log)
+    assert outcome.code == 1
+    (line,) = outcome.err.splitlines()
+    assert line.startswith(
+        f"titans: long: in the call that began at byte {SEGMENT:,}: after a step of predic"
+    )
+    assert line.endswith(f"; {log} has the lessons before it")
+    lessons = list(tr.EditLog.load(log))
+    assert [one.tokens for one in lessons][1:] == [64] * (len(lessons) - 1)
+    assert lessons[-1].position + 64 <= SEGMENT + len(TEXT) * with_memory
+    assert len(lessons) >= SEGMENT // 64 - 1
+
+
+def _break_lessons_from(position: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    learn, evaluate = MemoriesEditor._learn, MemoriesEditor._evaluate
+    where = [0]
+
+    def noted(editor: MemoriesEditor, at: int, report: tr.EditReport) -> None:
+        where[0] = at
+        learn(editor, at, report)
+
+    def broken(editor: MemoriesEditor, *given: Any) -> dict[str, Any]:  # noqa: ANN401
+        found = evaluate(editor, *given)
+        if where[0] >= position:
+            found["grad.layers.0.memory"][:] = np.nan
+        return found
+
+    monkeypatch.setattr(MemoriesEditor, "_learn", noted)
+    monkeypatch.setattr(MemoriesEditor, "_evaluate", broken)
+
+
+def test_ctrl_c_in_a_run_keeps_its_log(
+    titans: Titans, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long, log = tmp_path / "long", tmp_path / "log"
+    long.write_bytes(TEXT * (3 * SEGMENT // len(TEXT)))
+    append, calls = tr.Session.append, iter(range(9))
+
+    def interrupted(self: tr.Session, tokens: Any) -> Any:  # noqa: ANN401
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return append(self, tokens)
+
+    monkeypatch.setattr(tr.Session, "append", interrupted)
+    outcome = titans("run", tiny_bundle, long, "--log", log)
+    assert (outcome.code, outcome.err.splitlines()[-1]) == (130, "titans: interrupted")
+    assert [one.position for one in tr.EditLog.load(log)] == list(range(0, SEGMENT - 4, 4))
+
+
+def test_a_run_that_fails_before_its_first_lesson_leaves_an_older_log(
+    titans: Titans, tiny_bundle: Path, text: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    log.write_text("older")
+    outcome = titans("run", tiny_bundle, text, "--editor", "association:step=1e6,chunk=8", "--log", log)
+    assert outcome.code == 1
+    (line,) = outcome.err.splitlines()
+    assert line.startswith(
+        f"titans: {text.name}: in the call that began at byte 0: after a step of association"
+    )
+    assert line.endswith("; the session is as it was before the call")
+    assert log.read_text() == "older"
 
 
 def test_generate_continues_a_context(

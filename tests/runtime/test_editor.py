@@ -131,6 +131,15 @@ def test_malformed_text_is_refused_and_the_part_named(text: str, message: str) -
         Editor.parse(text)
 
 
+@pytest.mark.parametrize("given", [None, 5, b"readout", Editor()])
+def test_what_is_no_text_and_no_object_is_refused(given: object) -> None:
+    with pytest.raises(UsageError, match=r"^editor is .*; give a text, as in 'readout:step=1,chunk=4'$"):
+        Editor.parse(given)  # type: ignore[arg-type]
+    for other in (given, "readout", ["readout"]):
+        with pytest.raises(UsageError, match=r"^editor is .*; give an object with its fields"):
+            Editor.from_dict(other)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("gradient", [0.0, 1e-30, 1.0])
 def test_every_optimizer_takes_the_ends_of_all_its_ranges(optimizer: str, gradient: float) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -14,7 +17,10 @@ from hypothesis import strategies as st
 import titans_runtime as tr
 from tests.runtime.streams import append_parts, assert_same_snapshot, check_rollback, cuts, relative_error
 from titans_runtime.backends import Array
+from titans_runtime.editor import chosen_memories
+from titans_runtime.manifest import Manifest
 from titans_runtime.memories import MemoriesEditor
+from titans_runtime.optimizers import OPTIMIZERS, Sgd, Step, Titans
 
 TEXT = b"def f(x):\n    return [y * y for y in x if y % 2]\n" * 2
 EDITORS = [
@@ -52,6 +58,82 @@ def test_one_layer_edited_openly_token_by_token_is_the_fused_rule(one_layer: tr.
     plain = one_layer.session(edit=0.0, editor=None)
     plain.append(TEXT)
     assert relative_error(plain.snapshot().arrays[names[0]], fused.snapshot().arrays[names[0]]) > 1e-2
+
+
+@pytest.mark.parametrize("edit", [0.0, 1.0])
+def test_deeper_layers_edited_openly_follow_the_fused_rule_where_it_runs(
+    model: tr.Model, edit: float
+) -> None:
+    """A layer's input follows from what the layers below write as they run: by the fused rule, or not."""
+    fused, opened = model.session(edit=1.0, editor=None), model.session(edit=edit, editor=None)
+    fused.append(TEXT)
+    opened.observe(TEXT, tr.Editor.parse("association:optimizer=titans,chunk=1,replace=true"))
+    expected, found = fused.snapshot().arrays, opened.snapshot().arrays
+    for kind in ("memory", "momentum"):
+        first, second = (
+            relative_error(found[name], expected[name])
+            for name in (f"state.layers.{layer}.{kind}" for layer in range(2))
+        )
+        assert first <= 1e-4
+        assert (second <= 1e-4) == (edit == 1.0)
+
+
+class _Recorded(Titans):
+    """Keeps the momentum that every step is given and returns."""
+
+    steps: ClassVar[list[tuple[Array, Array]]] = []
+
+    def step(self, value: Array, given: Step) -> tuple[Array, dict[str, Array]]:
+        after, moments = super().step(value, given)
+        self.steps.append((given.moments["momentum"].copy(), moments["momentum"].copy()))
+        return after, moments
+
+
+def test_the_steps_of_a_period_go_on_from_the_models_momentum_and_leave_theirs(
+    model: tr.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(OPTIMIZERS, "titans", _Recorded)
+    monkeypatch.setattr(_Recorded, "steps", [])
+    settings = "chunk=4,steps=3,replace=true,momentum=0.9,retention=1,memories=layers.0.*"
+    session = _session(model, f"association:optimizer=titans,{settings}")
+    session.append(TEXT[:8])
+    session.append(TEXT[8:9])  # completes a period, and takes a token of the next one
+    given, kept = zip(*_Recorded.steps, strict=True)
+    assert len(kept) == 6
+    assert not given[0].any(), "the model's, as a stream begins"
+    for number in range(1, 6):
+        assert np.array_equal(given[number], kept[number - 1])
+        assert np.abs(given[number]).max() > 1e-3
+    anchor = session.snapshot().arrays["memories.anchor.layers.0.momentum"]
+    assert np.array_equal(anchor, kept[-1])
+
+
+def test_an_optimizer_of_another_convention_leaves_the_models_momentum_alone(
+    model: tr.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGD's buffer is a sum of gradients; the model's is what is added to the memory."""
+    given: list[Array] = []
+    kept: list[Array] = []
+
+    class Recorded(Sgd):
+        def step(self, value: Array, at: Step) -> tuple[Array, dict[str, Array]]:
+            after, moments = super().step(value, at)
+            given.append(at.moments["momentum"].copy())
+            kept.append(moments["momentum"].copy())
+            return after, moments
+
+    monkeypatch.setitem(OPTIMIZERS, "sgd", Recorded)
+    settings = "step=0.01,momentum=0.9,chunk=4,replace=true,memories=layers.0.*"
+    session, plain = _session(model, f"association:{settings}"), model.session(edit=0.0, editor=None)
+    session.append(TEXT[:9])
+    plain.append(TEXT[:8])
+    assert len(given) == 2
+    assert not given[0].any()
+    assert np.array_equal(given[1], kept[0])
+    expected = plain.snapshot().arrays["state.layers.0.momentum"]
+    anchor = session.snapshot().arrays["memories.anchor.layers.0.momentum"]
+    assert np.abs(expected).max() > 1e-3
+    assert relative_error(anchor, expected) <= 1e-5
 
 
 def test_a_step_of_zero_changes_nothing(model: tr.Model) -> None:
@@ -183,8 +265,24 @@ def test_unsurprising_periods_are_not_learnt_from(model: tr.Model) -> None:
         assert (lesson.refused == "not surprising enough") == (lesson.loss < threshold)
 
 
-def test_a_clipped_step_is_as_long_as_the_limit(model: tr.Model) -> None:
+def _gradients_times(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate = MemoriesEditor._evaluate
+
+    def scaled(editor: MemoriesEditor, *given: Array) -> dict[str, Array]:
+        found = evaluate(editor, *given)  # type: ignore[arg-type]
+        with np.errstate(over="ignore"):
+            return {n: a * np.float32(factor) if n.startswith("grad.") else a for n, a in found.items()}
+
+    monkeypatch.setattr(MemoriesEditor, "_evaluate", scaled)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e22, 1e36])
+def test_a_clipped_step_is_as_long_as_the_limit(
+    model: tr.Model, factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where float32 cannot hold the gradient's squares."""
     clip, step = 0.125, 0.5
+    _gradients_times(factor, monkeypatch)
     session = _session(model, f"prediction:chunk=8,step={step},clip={clip}")
     before = session.snapshot().arrays
     moved = []
@@ -200,6 +298,32 @@ def test_a_clipped_step_is_as_long_as_the_limit(model: tr.Model) -> None:
     assert session.last_edit is not None
     assert session.last_edit.gradient_norm[0] > clip
     assert moved == [pytest.approx(step * clip, rel=1e-4)]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "muon", "sign"])
+@pytest.mark.parametrize("clip", [0, 1])
+def test_an_infinite_gradient_is_not_clipped_but_refused(
+    model: tr.Model, optimizer: str, clip: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where an optimizer makes a finite step of it, as one that goes by the sign."""
+    monkeypatch.setitem(OPTIMIZERS, "sign", _Sign)
+    _gradients_times(np.inf, monkeypatch)
+    session = _session(model, f"prediction:optimizer={optimizer},chunk=8,step=0.1,clip={clip},rollback=true")
+    session.append(TEXT[:9])
+    assert session.last_edit is not None
+    assert session.last_edit.refusals == {"not finite": 1}
+
+
+class _Sign:
+    """A step of one length in every number."""
+
+    moments = ()
+
+    def __init__(self, size: float) -> None:
+        self.size = np.float32(size)
+
+    def step(self, value: Array, given: Step) -> tuple[Array, dict[str, Array]]:
+        return value - self.size * np.sign(np.nan_to_num(given.gradient)), {}
 
 
 def test_a_floor_bounds_what_is_forgotten(model: tr.Model) -> None:
@@ -273,6 +397,30 @@ def test_a_gradient_that_is_not_finite_changes_nothing(
         assert_same_snapshot(session.snapshot(), mark)
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "adagrad"])
+@pytest.mark.parametrize("rollback", [True, False])
+def test_moments_that_are_not_finite_are_not_kept(
+    model: tr.Model, optimizer: str, rollback: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step itself is zero then, and so would be all that follow."""
+    settings = f"optimizer={optimizer},chunk=8,rollback={str(rollback).lower()}"
+    session = _session(model, f"prediction:{settings}")
+    session.append(TEXT[:5])
+    mark = session.snapshot()
+    _gradients_times(1e22, monkeypatch)
+    if rollback:
+        session.append(TEXT[5:20])
+        assert session.last_edit is not None
+        assert session.last_edit.refusals == {"not finite": 2}
+        kept = session.snapshot().arrays
+        assert not kept["memories.square.layers.0.memory"].any()
+    else:
+        message = "a step of prediction the optimizer's square is not finite; the session is as it was"
+        with pytest.raises(tr.NumericsError, match=message):
+            session.append(TEXT[5:20])
+        assert_same_snapshot(session.snapshot(), mark)
+
+
 def test_more_steps_learn_more_of_a_period(model: tr.Model) -> None:
     losses = []
     for steps in (1, 2, 4):
@@ -340,11 +488,26 @@ def test_what_the_bundle_has_not_is_refused(model: tr.Model, editor: str, messag
         _session(model, editor)
 
 
+def _with_shape(manifest: Manifest, name: str, shape: tuple[int, ...]) -> Manifest:
+    state = [replace(one, shape=("batch", *shape)) if one.name == name else one for one in manifest.state]
+    return replace(manifest, state=tuple(state))
+
+
+@pytest.mark.parametrize("shape", [(), (16,), (2, 16)], ids=["a number", "a vector", "a vector to each head"])
+def test_muon_is_refused_for_what_is_no_matrix(model: tr.Model, shape: tuple[int, ...]) -> None:
+    manifest = _with_shape(model.manifest, "layers.1.memory", shape)
+    muon = tr.Editor("association", optimizer="muon")
+    message = f"muon: it takes matrices, and layers.1.memory has shape {re.escape(str(shape))}, no .*; choose"
+    with pytest.raises(tr.UsageError, match=message):
+        chosen_memories(muon, manifest)
+    assert chosen_memories(replace(muon, memories=("layers.0.*",)), manifest) == ("layers.0.memory",)
+    assert len(chosen_memories(replace(muon, optimizer="adam"), manifest)) == 2
+    assert len(chosen_memories(muon, model.manifest)) == 2
+
+
 @pytest.fixture(scope="module")
 def one_layer(tmp_path_factory: pytest.TempPathFactory) -> tr.Model:
     """A model of one layer, with lively gates."""
-    from dataclasses import replace
-
     import torch
 
     from titans_export.config import PRESETS

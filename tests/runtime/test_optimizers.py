@@ -109,6 +109,13 @@ def test_newton_schulz_draws_singular_values_towards_one(shape: tuple[int, ...])
     assert values.max() < 1.3
 
 
+@pytest.mark.parametrize("factor", [1e22, 1e37])
+def test_matrices_whose_squares_overflow_are_orthogonalised_as_others_are(factor: float) -> None:
+    matrices = np.random.default_rng(2).standard_normal((2, 3, 5)).astype(np.float32)
+    large = orthogonalised(matrices * np.float32(factor))
+    np.testing.assert_allclose(large, orthogonalised(matrices), rtol=1e-5, atol=1e-6)
+
+
 @dataclass(frozen=True)
 class Sign:
     """A step of one length in every number."""

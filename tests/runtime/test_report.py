@@ -68,6 +68,64 @@ def test_a_log_is_drawn(model: tr.Model, tmp_path: Path) -> None:
         tr.EditLog().plot(tmp_path / "none.svg")
 
 
+def test_a_picture_is_written_as_a_log_is(
+    model: tr.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole, where it was asked for, or not at all and in one line."""
+    session = _logged(model)
+    session.append(TEXT)
+    log = session.log
+    assert log is not None
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder.png").mkdir()
+    for name in ("picture.foo", "picture", "folder"):
+        with pytest.raises(tr.UsageError, match=f"{name}: is no name of a picture; let it end in .png"):
+            log.plot(tmp_path / name)
+    for name in ("none/picture.png", "folder.png"):
+        with pytest.raises(tr.EnvironmentProblem, match=rf"{name}: cannot be written \(.*\)$"):
+            log.plot(tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "folder.png"]
+    log.plot(tmp_path / "picture.PNG")
+    before = (tmp_path / "picture.PNG").read_bytes()
+    assert before.startswith(b"\x89PNG")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("titans_runtime.files.os.fsync", full)
+    with pytest.raises(tr.EnvironmentProblem, match="No space left"):
+        log.plot(tmp_path / "picture.PNG")
+    assert (tmp_path / "picture.PNG").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def _taught(objective: str, learnt: int, loss: float) -> Lesson:
+    return Lesson(objective, 0, learnt, learnt, loss)
+
+
+def test_losses_of_two_objectives_are_never_mixed() -> None:
+    """Nats of the readout's editor beside squared errors: the mean of each, and the readout's as the loss."""
+    report = tr.EditReport(lessons=[_taught("readout", 4, 5.0), _taught("association", 8, 900.0)])
+    report.add(_taught("readout", 2, 2.0))
+    report.add(_taught("readout", 0, math.nan))
+    assert report.losses == {"readout": 4.0, "association": 900.0}
+    assert report.loss == 4.0
+    handed_over = tr.EditReport(lessons=[_taught("readout", 3, 5.0), _taught("association", 80, 900.0)])
+    assert handed_over.loss == 900.0
+    assert tr.EditReport(lessons=[_taught("association", 8, 900.0)]).loss == 900.0
+    assert tr.EditReport().losses == {}
+    assert math.isnan(tr.EditReport().loss)
+
+
+def test_two_editors_report_the_loss_of_each(model: tr.Model) -> None:
+    both = "readout:step=0.5,chunk=8+association:chunk=4"
+    report = model.session(edit=0.0, editor=None).observe(TEXT, Editor.parse(both))
+    alone = model.session(edit=0.0, editor=None).observe(TEXT, Editor("association", chunk=4))
+    assert set(report.losses) == {"readout", "association"}
+    assert report.loss == report.losses["readout"] == pytest.approx(np.mean(report.surprise))
+    assert report.losses["association"] == pytest.approx(alone.loss, rel=1e-3)
+
+
 def test_the_time_spent_is_a_running_total() -> None:
     """It is asked for at every lesson: summing all of them again would take the square of their number."""
 

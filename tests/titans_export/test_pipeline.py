@@ -298,6 +298,15 @@ _DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "editor objective 'luck'; known: readout",
     ),
     "impossible edit": (_write("editing.json", '{"edit": 2, "editor": null}'), "edit is 2"),
+    "edit is a text": (
+        _write("editing.json", '{"edit": "0.5", "editor": null}'),
+        "editing.json: edit is '0.5'; it must be a number from 0 to 1",
+    ),
+    "edit is true": (_write("editing.json", '{"edit": true, "editor": null}'), "edit is True; it must be a"),
+    "editor is a text": (
+        _write("editing.json", '{"edit": 1, "editor": "readout"}'),
+        "editing.json: editor is 'readout'; give an object with its fields",
+    ),
 }
 
 
@@ -319,6 +328,48 @@ def test_a_damaged_checkpoint_is_refused(
     assert message in line
     with pytest.raises(DataError):
         export_bundle(checkpoint, tmp_path / "here" / "bundle")
+
+
+@pytest.mark.parametrize(
+    ("editor", "message"),
+    [
+        (
+            {"objective": "prediction", "memories": ["layers.9.*"]},
+            "memories: 'layers.9.*' fits none of layers.0.memory, layers.1.memory",
+        ),
+        (
+            {"objective": "readout", "also": {"objective": "association", "memories": ["layers.9.*"]}},
+            "memories: 'layers.9.*' fits none of",
+        ),
+        (
+            {"objective": "prediction"},
+            "the bundle cannot be edited by 'prediction'; known: readout, association",
+        ),
+    ],
+    ids=["a pattern", "the second editor", "a graph that is missing"],
+)
+def test_no_bundle_recommends_an_editor_that_it_cannot_open(
+    editor: dict[str, Any],
+    message: str,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    fast_trace: None,
+) -> None:
+    if "cannot be edited" in message:  # as where an operator has no derivative
+        every = pipeline.gradient_graphs
+
+        def fewer(*given: Any) -> dict[str, ir.Model]:  # noqa: ANN401
+            return {name: graph for name, graph in every(*given).items() if "prediction" not in name}
+
+        monkeypatch.setattr(pipeline, "gradient_graphs", fewer)
+    checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+    editing = checkpoint / "editing.json"
+    editing.write_text(json.dumps({"edit": 0.5, "editor": editor}), encoding="utf-8")
+    code, line = _run_export(checkpoint, tmp_path / "here" / "bundle", capsys)
+    assert code == 3
+    assert line.startswith(f"titans: {editing}: editor: {message}")
 
 
 def test_editing_is_off_where_a_checkpoint_recommends_none(tiny_checkpoint: Path, tmp_path: Path) -> None:

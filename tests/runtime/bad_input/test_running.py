@@ -46,7 +46,10 @@ def interruptible() -> Iterator[None]:
         (
             "not finite",
             1,
-            "titans: the readout memory's gradient is not finite; the session is as it was before the call\n",
+            (
+                "titans: text: in the call that began at byte 0: the readout memory's gradient "
+                "is not finite; the session is as it was before the call\n"
+            ),
         ),
     ],
 )
