@@ -194,7 +194,7 @@ class Batch:
 
     def _advance(self, ids: list[Array], shared: int, teach: Sequence[bool]) -> list[Array]:
         logits = [np.empty((len(one), self._model.manifest.width), np.float32) for one in ids]
-        reports = [EditReport(tokens=len(one)) for one in ids]
+        reports = [session._report(one) for session, one in zip(self._sessions, ids, strict=True)]
         began = [session.position for session in self._sessions]
         start = 0
         while start < shared:

@@ -14,8 +14,6 @@ from titans_runtime.errors import DataError, UsageError
 from titans_runtime.files import write_output
 from titans_runtime.json_reader import parse_object
 
-_READOUT = "readout"
-
 
 @dataclass
 class Lesson:
@@ -59,11 +57,13 @@ class EditReport:
         surprise: loss in nats of each token that the readout memory was taught, before it saw it, in
             stream order.
         lessons: every period that ended within the call; :meth:`add` adds one.
+        objective: of the call's editor, the first of two; :attr:`loss` is of it. Empty where there is none.
     """
 
     tokens: int = 0
     surprise: list[float] = field(default_factory=list)
     lessons: list[Lesson] = field(default_factory=list)
+    objective: str = ""
 
     def __post_init__(self) -> None:
         """Begin the running total: a budget asks for it at every lesson."""
@@ -80,34 +80,21 @@ class EditReport:
 
         Losses of two objectives are different things, nats or squared errors: there is no mean of both.
         """
-        tokens, totals = self._learnt(), dict.fromkeys(self._learnt(), 0.0)
+        tokens: dict[str, int] = {}
+        totals: dict[str, float] = {}
         for lesson in self.lessons:
             if lesson.learnt:
-                totals[lesson.objective] += lesson.loss * lesson.learnt
+                tokens[lesson.objective] = tokens.get(lesson.objective, 0) + lesson.learnt
+                totals[lesson.objective] = totals.get(lesson.objective, 0.0) + lesson.loss * lesson.learnt
         return {objective: total / tokens[objective] for objective, total in totals.items()}
 
     @property
     def loss(self) -> float:
-        """One of :attr:`losses`: that of the objective that learnt from most tokens; NaN where none did.
+        """Of :attr:`losses` that of the call's editor, the first where two work side by side.
 
-        But the readout's, in nats, where that learnt from half as many or more: of two editors that work
-        side by side, whose periods end at different tokens, it is always the same one's. What another editor
-        learnt to hand over to that of the call is a part of its last period, and seldom so many.
+        NaN where it has learnt nothing.
         """
-        tokens = self._learnt()
-        if not tokens:
-            return math.nan
-        most = max(tokens, key=tokens.__getitem__)
-        beside = 2 * tokens.get(_READOUT, 0) >= tokens[most]
-        return self.losses[_READOUT if beside else most]
-
-    def _learnt(self) -> dict[str, int]:
-        """Tokens that were learnt from, by objective, where there are any."""
-        tokens: dict[str, int] = {}
-        for lesson in self.lessons:
-            if lesson.learnt:
-                tokens[lesson.objective] = tokens.get(lesson.objective, 0) + lesson.learnt
-        return tokens
+        return self.losses.get(self.objective, math.nan)
 
     @property
     def gradient_norm(self) -> list[float]:

@@ -119,7 +119,7 @@ class Session:
         """
         ids, chosen = checked_input(tokens, self.model.manifest), self._chosen(editor, "observe")
         _check_watch(watch)
-        report = EditReport(tokens=len(ids))
+        report = _report(ids, chosen)
         with self._exclusive(), self._transaction(len(ids), hands_over=chosen != self.editor):
             own = self._lend(chosen, ids[0], report)
             self._pass(own, ids, report, watch)
@@ -157,7 +157,7 @@ class Session:
             raise UsageError(f"passes is {passes!r}; it must be an integer, 1 or more")
         ids, chosen = checked_input(context, self.model.manifest), self._chosen(editor, "prepare")
         _check_watch(watch)
-        reports = [EditReport(tokens=len(ids)) for _ in range(passes)]
+        reports = [_report(ids, chosen) for _ in range(passes)]
         with self._exclusive(), self._transaction(len(ids), hands_over=True):
             own = self._lend(chosen, ids[0], reports[0])
             before = self._snapshot()
@@ -255,7 +255,7 @@ class Session:
 
     def _advance(self, ids: Array, teach: bool) -> Array:
         """See tokens; returns their logits."""
-        report, began = EditReport(tokens=len(ids)), self.position
+        report, began = self._report(ids), self.position
         logits = np.empty((len(ids), self.model.manifest.width), np.float32)
         self._run_segments(ids, logits, teach, report)
         self._conclude(logits, began, report)
@@ -309,6 +309,10 @@ class Session:
         if self._log is not None and edited:
             self._logged += report.lessons
             self._log.add(report)
+
+    def _report(self, ids: Array) -> EditReport:
+        """For what the session's own editor learns from a call's tokens."""
+        return _report(ids, self.editor)
 
     def _most(self, tokens: int) -> int:
         """Tokens, of ``tokens``, that the model may run on at once."""
@@ -484,3 +488,7 @@ def _check_watch(watch: object) -> None:
 def _check_seed(seed: object) -> None:
     if seed is not None and not (isinstance(seed, int | np.integer) and seed >= 0):
         raise UsageError(f"seed is {seed!r}; it must be an integer, 0 or more")
+
+
+def _report(ids: Array, editor: Editor | None) -> EditReport:
+    return EditReport(tokens=len(ids), objective=editor.objective if editor else "")

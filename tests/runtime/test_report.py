@@ -104,17 +104,25 @@ def _taught(objective: str, learnt: int, loss: float) -> Lesson:
 
 
 def test_losses_of_two_objectives_are_never_mixed() -> None:
-    """Nats of the readout's editor beside squared errors: the mean of each, and the readout's as the loss."""
-    report = tr.EditReport(lessons=[_taught("readout", 4, 5.0), _taught("association", 8, 900.0)])
+    """Nats of the readout's editor beside squared errors: the mean of each, and that of the call's editor."""
+    lessons = [_taught("readout", 4, 5.0), _taught("association", 8, 900.0)]
+    report = tr.EditReport(lessons=list(lessons), objective="readout")
     report.add(_taught("readout", 2, 2.0))
     report.add(_taught("readout", 0, math.nan))
     assert report.losses == {"readout": 4.0, "association": 900.0}
     assert report.loss == 4.0
-    handed_over = tr.EditReport(lessons=[_taught("readout", 3, 5.0), _taught("association", 80, 900.0)])
-    assert handed_over.loss == 900.0
-    assert tr.EditReport(lessons=[_taught("association", 8, 900.0)]).loss == 900.0
-    assert tr.EditReport().losses == {}
-    assert math.isnan(tr.EditReport().loss)
+    assert tr.EditReport(lessons=lessons, objective="association").loss == 900.0
+    assert tr.EditReport(objective="readout").losses == {}
+    assert math.isnan(tr.EditReport(objective="readout").loss)
+
+
+def test_the_loss_of_a_call_is_that_of_its_editor(model: tr.Model) -> None:
+    """However short the call is, and whatever another editor learnt before it handed over."""
+    session = model.session(0.0, EDITOR)
+    session.append(TEXT[:3])
+    report = session.observe(TEXT[3:7], Editor("prediction", chunk=4))
+    assert set(report.losses) == {"readout", "prediction"}
+    assert report.loss == report.losses["prediction"]
 
 
 def test_two_editors_report_the_loss_of_each(model: tr.Model) -> None:
