@@ -52,8 +52,9 @@ def memory_gradient(memory: Memory, width: int, name: str = "gradient.memory") -
         name: of the graph.
 
     Raises:
-        ValueError: an operator of the loss has no derivative here; the message names it. Or the loss is not
-            one number a stream.
+        ValueError: an operator of the loss has no derivative here, or no form in ONNX, or computes in half
+            precision; the message names it. Or the loss is not one number a stream, or its gradient is not
+            what autograd gives.
     """
     program = _program(memory, name, width, ("key", "value"), {"loss": ("batch",)})
     noted = dataclasses.replace(program, module=as_autograd(program.module, program))
@@ -66,7 +67,8 @@ def memory_answer(memory: Memory, width: int, name: str = "memory") -> onnx.Mode
     """The graph of a memory's answers: inputs ``past.<weight>`` and ``query``, output ``answer``.
 
     Raises:
-        ValueError: the answers are not of the queries' shape.
+        ValueError: the answers are not of the queries' shape, or an operator has no form in ONNX; the message
+            names it.
     """
     answer: dict[str, Axes] = {"answer": ("batch", "tokens", width)}
     program = _program(memory, name, width, ("query",), answer)
