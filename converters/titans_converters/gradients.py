@@ -20,6 +20,7 @@ import onnx_ir as ir
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from titans_converters import memory_op
+from titans_converters.as_autograd import APART, DETACHED
 from titans_converters.onnx import gradient_rules  # noqa: F401 - registers the rules
 from titans_converters.onnx.autodiff import Names, Rule, Tape, Types, captured, pruned, subgraphs
 from titans_converters.onnx.function import GENERAL, INVERSE, INVERTED
@@ -72,6 +73,7 @@ def gradient(
     """
     inlined = onnx.inliner.inline_local_functions(model)
     general = list(_general(inlined.graph.node))
+    stopped = frozenset(_read_notes(general))
     del inlined.graph.node[:]
     inlined.graph.node.extend(general)
     whole = onnx.shape_inference.infer_shapes(inlined, data_prop=True)
@@ -80,6 +82,7 @@ def gradient(
     tape = Tape(graph.node, types, Names())
     pasts = [f"past.{memory}" for memory in memories]
     tape.known = dict(_inverses(graph.node))
+    tape.stopped = stopped
     seed = tape.op("ConstantOfShape", tape.op("Shape", _LOSS), value=_one(types.elements[_LOSS]))
     by = {memory: (sources or {}).get(memory, past) for memory, past in zip(memories, pasts, strict=True)}
     found = tape.backward({_LOSS: seed}, by.values())
@@ -90,6 +93,16 @@ def gradient(
         tape.nodes.append(helper.make_node("Identity", [gradient_of or tape.zeros_like(past)], [result]))
         outputs.append(_renamed(inputs[past], result))
     return _model(whole, graph, tape.nodes, outputs, name)
+
+
+def _read_notes(nodes: Iterable[NodeProto]) -> Iterator[str]:
+    """Names of values that autograd takes for constants. Makes plain what noted them, in place."""
+    for node in nodes:
+        if node.domain == memory_op.DOMAIN and node.op_type in (DETACHED, APART):
+            if node.op_type == DETACHED:
+                yield node.output[0]
+            node.domain, node.op_type = "", "Identity"
+            del node.attribute[:]
 
 
 def _general(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:

@@ -7,16 +7,19 @@ of it. The graph has the interface of every gradient graph: inputs ``past.<weigh
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Protocol
 
 import onnx
-import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from titans_converters.as_autograd import as_autograd
+from titans_converters.gradient_check import check_gradient
 from titans_converters.gradients import gradient
-from titans_converters.onnx.trace import trace
+from titans_converters.onnx.trace import to_proto, trace
 from titans_converters.program import Axes, Program
 
 # Example sizes for tracing: unlike each other and unlike any fixed size of a sensible memory.
@@ -49,23 +52,52 @@ def memory_gradient(memory: Memory, width: int, name: str = "gradient.memory") -
         name: of the graph.
 
     Raises:
-        ValueError: an operator of the loss has no derivative here; the message names it. Or the loss is not
-            one number a stream.
+        ValueError: an operator of the loss has no derivative here, or no form in ONNX, or computes in half
+            precision; the message names it. Or the loss is not one number a stream, or its gradient is not
+            what autograd gives.
     """
     program = _program(memory, name, width, ("key", "value"), {"loss": ("batch",)})
-    traced = ir.to_proto(trace(program))
-    return _with_inputs(gradient(traced, list(memory.parameters), name), program)
+    noted = dataclasses.replace(program, module=as_autograd(program.module, program))
+    proto = _with_inputs(gradient(_traced(memory, noted), list(memory.parameters), name), program)
+    check_gradient(proto, program)
+    return proto
 
 
 def memory_answer(memory: Memory, width: int, name: str = "memory") -> onnx.ModelProto:
     """The graph of a memory's answers: inputs ``past.<weight>`` and ``query``, output ``answer``.
 
     Raises:
-        ValueError: the answers are not of the queries' shape.
+        ValueError: the answers are not of the queries' shape, or an operator has no form in ONNX; the message
+            names it.
     """
     answer: dict[str, Axes] = {"answer": ("batch", "tokens", width)}
     program = _program(memory, name, width, ("query",), answer)
-    return _with_inputs(ir.to_proto(trace(program)), program)
+    return _with_inputs(_traced(memory, program), program)
+
+
+def _traced(memory: Memory, program: Program) -> onnx.ModelProto:
+    """The graph of a memory's loss or answers.
+
+    Raises:
+        ValueError: something in them has no form in ONNX; the message names it.
+    """
+    try:
+        return to_proto(trace(program))
+    except RuntimeError as error:  # the exporter's own, and those of the passes that it runs
+        found = re.search(r"target=torch\.ops\.([\w.]+)", str(error))
+        reason = f"operator {found[1]} has no form in ONNX here" if found else f"no trace: {_root(error)}"
+        raise ValueError(f"{_method(memory, program)}: {reason}") from error
+
+
+def _root(error: BaseException) -> str:
+    """First line of what an error began with."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().partition("\n")[0][:200]
+
+
+def _method(memory: Memory, program: Program) -> str:
+    return f"{type(memory).__name__}.{'loss' if 'loss' in program.output_axes else 'forward'}"
 
 
 def _program(

@@ -10,7 +10,7 @@ is computed again beside its gradient; a loop keeps the state before every step 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,14 @@ Rule = Callable[["Tape", NodeProto, list[str | None]], list[str | None]]
 """Gradients of a node's outputs, None for zero → gradients of its inputs, None where there is none."""
 
 RULES: dict[str, Rule] = {}
+"""By operator of ONNX itself; one of another domain has none, whatever its name."""
+
+_FLOATS = frozenset({TensorProto.FLOAT, TensorProto.DOUBLE})
+_DISCRETE = frozenset(
+    {TensorProto.BOOL, TensorProto.STRING}
+    | {getattr(TensorProto, f"{sign}INT{bits}") for sign in ("", "U") for bits in (2, 4, 8, 16, 32, 64)}
+)
+"""Element types through which no gradient flows, in autograd neither."""
 
 
 def rule(*op_types: str) -> Callable[[Rule], Rule]:
@@ -65,7 +73,7 @@ class Types:
     def _keep_constant(self, name: str, value: Any) -> None:  # noqa: ANN401 - a tensor, a number or a list
         if not isinstance(value, TensorProto):
             self.constants[name] = np.asarray(value)
-        elif value.data_type == TensorProto.INT64:
+        elif value.data_type == TensorProto.INT64 or (value.data_type in _FLOATS and not value.dims):
             self.constants[name] = numpy_helper.to_array(value)
 
     def numbers(self, name: str) -> list[int] | None:
@@ -82,9 +90,22 @@ class Types:
         if old in self.shapes:
             self.shapes[new] = self.shapes[old]
 
-    def is_float(self, name: str) -> bool:
-        """Whether a gradient may flow through the value."""
-        return self.elements.get(name) in (TensorProto.FLOAT, TensorProto.DOUBLE)
+    def differentiable(self, name: str) -> bool:
+        """Whether a gradient may flow through the value; where its element type is not known, it may."""
+        return self.elements.get(name) not in _DISCRETE
+
+    def check_precision(self, name: str, operator: str) -> None:
+        """Refuse the gradient of a value of less than 32 bits.
+
+        Raises:
+            ValueError: the value has such a type; the message names it, and ``operator``, which computes it.
+        """
+        element = self.elements.get(name) or TensorProto.FLOAT
+        if element not in _FLOATS:
+            raise ValueError(
+                f"gradient: {operator} gives {TensorProto.DataType.Name(element).lower()}, through which no "
+                "gradient is taken here; compute in float32"
+            )
 
 
 class Names:
@@ -110,6 +131,8 @@ class Tape:
         self.needed: set[str] = set()
         self.known: dict[str, Rule] = {}
         """Rules for single values, in place of those of the nodes that compute them."""
+        self.stopped: frozenset[str] = frozenset()
+        """Values that are taken for constants."""
         self._grads: dict[str, str] = {}
 
     # --- writing nodes
@@ -130,8 +153,8 @@ class Tape:
 
     def number(self, value: float, like: str) -> str:
         """A constant of the element type of ``like``."""
-        element = self.types.elements.get(like, TensorProto.FLOAT)
-        dtype = np.float64 if element == TensorProto.DOUBLE else np.float32
+        element = self.types.elements.get(like) or TensorProto.FLOAT
+        dtype = helper.tensor_dtype_to_np_dtype(element)
         return self.op("Constant", value=numpy_helper.from_array(np.array(value, dtype)))
 
     def zeros_like(self, name: str) -> str:
@@ -204,20 +227,28 @@ class Tape:
         """
         sources = list(sources)
         forward = list(self.nodes)
-        self.needed = dependents(forward, sources, self.types)
+        self.needed = dependents(forward, sources, self.types, self.stopped)
         self._grads = {value: seed for value, seed in seeds.items() if value in self.needed}
         for node in reversed(forward):
             gradients = [self._grads.get(name) for name in node.output]
             if not any(gradients):
                 continue
-            found = self.known.get(node.output[0]) or RULES.get(node.op_type)
-            if found is None:
-                raise ValueError(f"gradient: operator {node.op_type} has no derivative in this project")
-            wanted = found(self, node, gradients)
+            wanted = self._rule(node, gradients)(self, node, gradients)
             for name, gradient in zip(node.input, wanted, strict=False):
                 if gradient is not None and name in self.needed:
                     self.add_gradient(name, gradient)
         return {name: self._grads[name] for name in sources if name in self._grads}
+
+    def _rule(self, node: NodeProto, gradients: Sequence[str | None]) -> Rule:
+        own = node.domain in ("", "ai.onnx")
+        name = node.op_type if own else f"{node.domain}.{node.op_type}"
+        found = self.known.get(node.output[0]) or RULES.get(name)
+        if found is None:
+            raise ValueError(f"gradient: operator {name} has no derivative in this project")
+        for output, gradient in zip(node.output, gradients, strict=True):
+            if gradient is not None:
+                self.types.check_precision(output, name)
+        return found
 
     def add_gradient(self, value: str, gradient: str) -> None:
         """Count ``gradient`` towards the gradient of ``value``."""
@@ -267,13 +298,19 @@ def captured(graph: GraphProto) -> list[str]:
     return list(found)
 
 
-def dependents(nodes: Iterable[NodeProto], sources: Iterable[str], types: Types) -> set[str]:
-    """Values of floating point that depend on ``sources``, those included."""
+def dependents(
+    nodes: Iterable[NodeProto], sources: Iterable[str], types: Types, stopped: Container[str] = ()
+) -> set[str]:
+    """Values not of whole numbers that depend on ``sources``, those included, by no way through ``stopped``.
+
+    One whose element type is not known counts: its operator is then an error, where silence would cut a path.
+    """
     needed = set(sources)
     for node in nodes:
         used = {*node.input, *(name for inner in subgraphs(node) for name in captured(inner))}
         if used & needed:
-            needed.update(name for name in node.output if name and types.is_float(name))
+            found = (name for name in node.output if name and types.differentiable(name))
+            needed.update(name for name in found if name not in stopped)
     return needed
 
 

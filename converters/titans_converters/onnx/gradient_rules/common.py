@@ -16,6 +16,12 @@ def attributes(node: NodeProto) -> dict[str, Any]:
 
 
 def only(gradients: Gradients) -> str:
-    """The gradient of the first output, of a node that has no other that counts."""
-    (gradient,) = (one for one in gradients[:1] if one is not None)
+    """The gradient of the first output, of a node that has no other that counts.
+
+    Raises:
+        ValueError: another counts.
+    """
+    gradient, *others = gradients
+    if gradient is None or any(others):
+        raise ValueError("gradient: an operator is differentiated by its first output alone")
     return gradient

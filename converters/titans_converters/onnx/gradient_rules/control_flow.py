@@ -82,7 +82,7 @@ def _run_backwards(
     inputs = [info.name for info in body.input]
     results = [info.name for info in body.output][: len(body.output) - count]
     states, scans = inputs[:count], inputs[count:]
-    floats = [name for name in states if tape.types.is_float(name)]
+    floats = [name for name in states if tape.types.differentiable(name)]
     live = [name for name in scans if tape.wants(node.input[inputs.index(name)])]
 
     seeds: dict[str, str] = {}

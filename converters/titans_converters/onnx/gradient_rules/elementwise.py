@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
-from onnx import NodeProto
+from onnx import NodeProto, TensorProto
 
 from titans_converters.onnx.autodiff import Tape, rule
 from titans_converters.onnx.gradient_rules.common import Gradients, attributes, only
@@ -47,14 +48,31 @@ def _div(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
 
 @rule("Max", "Min")
 def _extreme(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
-    """Of two values: the gradient goes to the one that was taken; to the first where they are equal."""
-    g, (a, b), y = only(gradients), node.input, node.output[0]
-    taken = tape.op("GreaterOrEqual", *((a, b) if node.op_type == "Max" else (b, a)))
-    zero = tape.number(0.0, y)
-    first, second = tape.op("Where", taken, g, zero), tape.op("Where", taken, zero, g)
+    """The gradient goes to the value that was taken; in equal parts where several were."""
+    g, y = only(gradients), node.output[0]
+    if len(node.input) == 1:
+        return [g]
+    element = tape.types.elements.get(y) or TensorProto.FLOAT
+    taken = [tape.op("Cast", tape.op("Equal", name, y), to=element) for name in node.input]
+    count = functools.reduce(lambda a, b: tape.op("Add", a, b), taken)
+    part = tape.op("Div", g, count)
     return [
-        tape.summed_to(one, name, y) if tape.wants(name) else None for one, name in ((first, a), (second, b))
+        tape.summed_to(tape.op("Mul", part, one), name, y) if tape.wants(name) else None
+        for one, name in zip(taken, node.input, strict=True)
     ]
+
+
+@rule("Clip")
+def _clip(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
+    """The gradient from one end to the other, both included."""
+    g, (x, *ends) = only(gradients), node.input
+    if any(tape.wants(end) for end in ends):
+        raise ValueError("gradient: Clip is differentiated by its input alone")
+    zero = tape.number(0.0, x)
+    for within, end in zip(("GreaterOrEqual", "LessOrEqual"), ends, strict=False):
+        if end:
+            g = tape.op("Where", tape.op(within, x, end), g, zero)
+    return [g, *[None] * len(ends)]
 
 
 @rule("Where")
@@ -70,12 +88,31 @@ def _where(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
 
 @rule("Pow")
 def _pow(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
+    """``e x^(e-1)`` and ``y log x``, each zero where autograd takes its power for constant."""
     g, (x, exponent), y = only(gradients), node.input, node.output[0]
+    result: Gradients = [None, None]
+    if tape.wants(x):
+        slope = _power_slope(tape, x, exponent)
+        result[0] = tape.summed_to(tape.op("Mul", g, slope), x, y)
     if tape.wants(exponent):
-        raise ValueError("gradient: Pow is differentiated by its base alone")
-    less = tape.op("Sub", exponent, tape.number(1.0, exponent))
+        zero = tape.number(0.0, x)
+        at_zero = tape.op("And", tape.op("Equal", x, zero), tape.op("GreaterOrEqual", exponent, zero))
+        slope = tape.op("Where", at_zero, zero, tape.op("Mul", y, tape.op("Log", x)))
+        result[1] = tape.summed_to(tape.op("Mul", g, slope), exponent, y)
+    return result
+
+
+def _power_slope(tape: Tape, x: str, exponent: str) -> str:
+    elements = tape.types.elements
+    known = tape.types.constants.get(exponent)
+    if elements.get(exponent) != elements.get(x):
+        exponent = tape.op("Cast", exponent, to=elements.get(x) or TensorProto.FLOAT)
+    less = tape.op("Sub", exponent, tape.number(1.0, x))
     slope = tape.op("Mul", exponent, tape.op("Pow", x, less))
-    return [tape.summed_to(tape.op("Mul", g, slope), x, y), None]
+    if known is not None and known.all():
+        return slope
+    zero = tape.number(0.0, x)
+    return tape.op("Where", tape.op("Equal", exponent, zero), zero, slope)
 
 
 def _unary(*op_types: str) -> Callable[[Callable[[Tape, str, str], str]], None]:
@@ -155,6 +192,22 @@ def _relu(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
     g, y = only(gradients), node.output[0]
     zero = tape.number(0.0, y)
     return [tape.op("Where", tape.op("Greater", y, zero), g, zero)]
+
+
+@rule("LeakyRelu")
+def _leaky_relu(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
+    g, x = only(gradients), node.input[0]
+    below = tape.op("Mul", g, tape.number(attributes(node).get("alpha", 0.01), x))
+    return [tape.op("Where", tape.op("Greater", x, tape.number(0.0, x)), g, below)]
+
+
+@rule("Elu")
+def _elu(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
+    """``α eˣ`` up to 0, itself included."""
+    g, x = only(gradients), node.input[0]
+    below = tape.op("Mul", tape.number(attributes(node).get("alpha", 1.0), x), tape.op("Exp", x))
+    above = tape.op("Greater", x, tape.number(0.0, x))
+    return [tape.op("Where", above, g, tape.op("Mul", g, below))]
 
 
 @rule("Gelu")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from onnx import NodeProto
+from onnx import NodeProto, TensorProto
 
 from titans_converters.onnx.autodiff import Tape, rule
 from titans_converters.onnx.gradient_rules.common import Gradients, attributes, only
@@ -10,7 +10,7 @@ from titans_converters.onnx.gradient_rules.common import Gradients, attributes, 
 
 def _kept_axes(tape: Tape, node: NodeProto, gradient: str) -> str:
     """The gradient of a sum, with the axes that it was summed over as axes of size 1."""
-    if attributes(node).get("keepdims", 1) or len(node.input) < 2:
+    if attributes(node).get("keepdims", 1) or len(node.input) < 2 or not node.input[1]:
         return gradient
     return tape.op("Unsqueeze", gradient, node.input[1])
 
@@ -29,6 +29,46 @@ def _reduce_mean(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients
     count = tape.op("Div", tape.op("Size", x), tape.op("Max", tape.op("Size", y), least))
     count = tape.op("Cast", count, to=tape.types.elements.get(x, 1))
     return [tape.op("Div", g, count), *[None] * (len(node.input) - 1)]
+
+
+def _kept(tape: Tape, node: NodeProto) -> str:
+    """A reduction's result with the axes that it was taken over as axes of size 1."""
+    return _kept_axes(tape, node, node.output[0])
+
+
+@rule("ReduceMax", "ReduceMin")
+def _reduce_extreme(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
+    """The gradient goes to what was taken; in equal parts where several are."""
+    x, *axes = node.input
+    g = _kept_axes(tape, node, only(gradients))
+    element = tape.types.elements.get(x) or TensorProto.FLOAT
+    taken = tape.op("Cast", tape.op("Equal", x, _kept(tape, node)), to=element)
+    noop = attributes(node).get("noop_with_empty_axes", 0)
+    count = tape.op("ReduceSum", taken, *axes, keepdims=1, noop_with_empty_axes=noop)
+    return [tape.op("Mul", taken, tape.op("Div", g, count)), *[None] * len(axes)]
+
+
+@rule("ReduceL1")
+def _reduce_l1(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
+    x, *axes = node.input
+    g = _kept_axes(tape, node, only(gradients))
+    return [tape.op("Mul", g, tape.op("Sign", x)), *[None] * len(axes)]
+
+
+@rule("ReduceL2")
+def _reduce_l2(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
+    """``x / ‖x‖``, zero where all of ``x`` is."""
+    x, *axes = node.input
+    g, y, zero = _kept_axes(tape, node, only(gradients)), _kept(tape, node), tape.number(0.0, x)
+    rate = tape.op("Where", tape.op("Equal", y, zero), zero, tape.op("Div", g, y))
+    return [tape.op("Mul", x, rate), *[None] * len(axes)]
+
+
+@rule("ReduceLogSumExp")
+def _reduce_log_sum_exp(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
+    x, *axes = node.input
+    share = tape.op("Exp", tape.op("Sub", x, _kept(tape, node)))
+    return [tape.op("Mul", _kept_axes(tape, node, only(gradients)), share), *[None] * len(axes)]
 
 
 @rule("CumSum")
@@ -70,10 +110,8 @@ def _layer_norm(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
 
 
 def _through_norm(tape: Tape, node: NodeProto, g: str, centred: bool) -> Gradients:
-    x, weight = node.input[:2]
-    given = attributes(node)
-    if any(tape.wants(name) for name in node.input[1:]):
-        raise ValueError(f"gradient: {node.op_type} is differentiated by its input alone")
+    x, weight, *bias = node.input
+    y, given = node.output[0], attributes(node)
     if given.get("axis", -1) != -1 and given["axis"] != tape.rank(x) - 1:
         raise ValueError(f"gradient: {node.op_type} is differentiated over its last axis alone")
     axis = tape.ints(-1)
@@ -87,4 +125,6 @@ def _through_norm(tape: Tape, node: NodeProto, g: str, centred: bool) -> Gradien
     inner = tape.op("Sub", weighted, tape.op("Mul", normal, along))
     if centred:
         inner = tape.op("Sub", inner, tape.op("ReduceMean", weighted, axis, keepdims=1))
-    return [tape.op("Mul", scale, inner), *[None] * (len(node.input) - 1)]
+    of_weight = tape.summed_to(tape.op("Mul", g, normal), weight, y) if tape.wants(weight) else None
+    of_bias = [tape.summed_to(g, name, y) if tape.wants(name) else None for name in bias]
+    return [tape.op("Mul", scale, inner), of_weight, *of_bias]

@@ -44,6 +44,50 @@ def _gemm(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
     return result
 
 
+@rule("Einsum")
+def _einsum(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
+    """By one factor: the same sum with the gradient in its place."""
+    g, terms, result = only(gradients), *_terms(tape, node)
+    found: Gradients = []
+    for place, (own, name) in enumerate(zip(terms, node.input, strict=True)):
+        if not tape.wants(name):
+            found.append(None)
+            continue
+        others = [*terms[:place], *terms[place + 1 :]]
+        factors = [*node.input[:place], *node.input[place + 1 :]]
+        found.append(_einsum_part(tape, own, name, [result, *others], [g, *factors]))
+    return found
+
+
+def _einsum_part(tape: Tape, own: str, name: str, terms: list[str], factors: list[str]) -> str:
+    """An axis that no other term has was summed over alone: the gradient is the same all along it."""
+    kept = "".join(axis for axis in own if any(axis in term for term in terms))
+    part = tape.op("Einsum", *factors, equation=f"{','.join(terms)}->{kept}")
+    alone = [place for place, axis in enumerate(own) if axis not in kept]
+    if not alone:
+        return part
+    return tape.op("Expand", tape.op("Unsqueeze", part, tape.ints(*alone)), tape.op("Shape", name))
+
+
+def _terms(tape: Tape, node: NodeProto) -> tuple[list[str], str]:
+    """The axes of every factor, and of the result.
+
+    Raises:
+        ValueError: the equation repeats an axis within a factor, leaves axes out, or spreads one.
+    """
+    equation = attributes(node)["equation"].decode().replace(" ", "")
+    left, arrow, result = equation.partition("->")
+    terms = left.split(",")
+    plain = arrow and "." not in equation and all(len(set(term)) == len(term) for term in terms)
+    sizes: dict[str, int | str | None] = {}
+    for term, name in zip(terms, node.input, strict=True):
+        for axis, size in zip(term, tape.types.shapes.get(name, [None] * len(term)), strict=False):
+            plain = plain and sizes.setdefault(axis, size) == size
+    if not plain:
+        raise ValueError(f"gradient: Einsum {equation} is not differentiated; write it with matmul")
+    return terms, result
+
+
 @rule("Conv")
 def _conv(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
     """By its input: a depthwise one with turned taps over a padded gradient; others transposed."""

@@ -48,18 +48,31 @@ def _split(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
 
 @rule("Slice")
 def _slice(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
-    """The gradient between zeros."""
+    """The gradient between zeros; one number at a time where steps lie between or lead back."""
     x, starts, ends, *rest = node.input
     steps = tape.types.numbers(rest[1]) if len(rest) > 1 else [1]
-    axes = tape.types.numbers(rest[0]) if rest else list(range(tape.rank(x)))
-    if axes is None or steps is None or set(steps) != {1}:
-        raise ValueError("gradient: Slice is differentiated for constant axes and steps of 1")
+    axes = tape.types.numbers(rest[0]) if rest else [*range(len(tape.types.numbers(starts) or []))]
+    if not axes or steps is None or set(steps) != {1}:
+        return [_put_back(tape, node, only(gradients)), *[None] * (len(node.input) - 1)]
     before, after = zip(
         *(_room(tape, x, axis, starts, ends, place) for place, axis in enumerate(axes)), strict=True
     )
     pads = tape.op("Concat", *before, *after, axis=0)
     padded = tape.op("Pad", only(gradients), pads, "", tape.ints(*axes))
     return [padded, *[None] * (len(node.input) - 1)]
+
+
+def _put_back(tape: Tape, node: NodeProto, gradient: str) -> str:
+    """Every number of a slice's gradient to the place that the same slice of all places names."""
+    x, *how = node.input
+    shape, count = tape.op("Shape", x), tape.op("Size", x)
+    zero, one = tape.op("Constant", value_int=0), tape.op("Constant", value_int=1)
+    places = tape.op("Reshape", tape.op("Range", zero, count, one), shape, allowzero=1)
+    flat = tape.ints(-1)
+    taken = tape.op("Reshape", tape.op("Slice", places, *how), flat)
+    zeros = tape.op("ConstantOfShape", tape.op("Reshape", count, flat), value=_zero(tape, x))
+    moved = tape.op("ScatterElements", zeros, taken, tape.op("Reshape", gradient, flat), axis=0)
+    return tape.op("Reshape", moved, shape, allowzero=1)
 
 
 def _room(tape: Tape, x: str, axis: int, starts: str, ends: str, place: int) -> tuple[str, str]:
@@ -120,6 +133,14 @@ def _gather(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
     moved = tape.op("ScatterND", zeros, last, first, reduction="add")
     back = [[axis, *others].index(place) for place in range(rank)]
     return [tape.op("Transpose", moved, perm=back), None]
+
+
+@rule("GatherElements")
+def _gather_elements(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
+    data, indices = node.input
+    axis, zeros = attributes(node).get("axis", 0) % tape.rank(data), tape.zeros_like(data)
+    moved = tape.op("ScatterElements", zeros, indices, only(gradients), axis=axis, reduction="add")
+    return [moved, None]
 
 
 @rule("GatherND")
