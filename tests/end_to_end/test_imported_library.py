@@ -40,6 +40,16 @@ _CASES: dict[str, tuple[str, dict[str, Any]]] = {
         TRANSFORMER,
         TRANSFORMER_CASES["sliding window with long-term tokens"],
     ),
+    "segmented windows with long-term tokens": (
+        TRANSFORMER,
+        {
+            "segment_len": 6,
+            "num_longterm_mem_tokens": 3,
+            "num_persist_mem_tokens": 2,
+            "sliding_window_attn": False,
+        }
+        | {"neural_memory_kwargs": _KWARGS | _SMALL},
+    ),
     "spectral norm in a transformer": (
         TRANSFORMER,
         {"neural_memory_kwargs": _KWARGS | _SMALL | {"spectral_norm_surprises": True}},

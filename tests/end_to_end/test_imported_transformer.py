@@ -30,6 +30,7 @@ pytestmark = pytest.mark.suite("titans-pytorch")
 _ARGUMENTS = TRANSFORMER_BASE | {"sliding_window_attn": True}
 _FORMS = {
     "chunk by chunk": {"num_longterm_mem_tokens": 2},
+    "segmented windows": {"num_longterm_mem_tokens": 2, "sliding_window_attn": False},
     "chunks at once": {
         "num_longterm_mem_tokens": 4,
         "neural_memory_segment_len": 4,

@@ -57,6 +57,7 @@ CASES = {
     "CumSum, reverse": "y = CumSum<reverse = 1>(x, axis1)",
     "Concat and Split": "a, b = Split<axis = 2>(x, sizes)\nc = Mul(a, a)\ny = Concat<axis = 2>(c, b, c)",
     "Slice": "a = Slice(x, i1, i3, i2)\nb = Slice(x, minus2, last, i1)\nc = ReduceSum<keepdims = 0>(a)\nd = Mul(b, b)\ny = Add(d, c)",  # noqa: E501
+    "Slice, between transposes": "t = Transpose<perm = [0, 2, 1]>(x)\na = Slice(t, i1, i3, i1)\nb = Transpose<perm = [0, 2, 1]>(a)\ny = Mul(b, b)",  # noqa: E501
     "Slice, by steps": "a = Slice(x, i0, last, i2, i2)\nb = Slice(a, last, first, i1, minus2)\ny = Mul(b, b)",
     "Pad": "a = Pad(x, pads)\ny = Mul(a, a)",
     "Gather": "a = Gather<axis = 0>(x, picks)\ny = Mul(a, a)",

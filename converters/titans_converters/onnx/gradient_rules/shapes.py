@@ -54,12 +54,23 @@ def _slice(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
     axes = tape.types.numbers(rest[0]) if rest else [*range(len(tape.types.numbers(starts) or []))]
     if not axes or steps is None or set(steps) != {1}:
         return [_put_back(tape, node, only(gradients)), *[None] * (len(node.input) - 1)]
-    before, after = zip(
-        *(_room(tape, x, axis, starts, ends, place) for place, axis in enumerate(axes)), strict=True
-    )
-    pads = tape.op("Concat", *before, *after, axis=0)
-    padded = tape.op("Pad", only(gradients), pads, "", tape.ints(*axes))
-    return [padded, *[None] * (len(node.input) - 1)]
+    rooms = {axis: _room(tape, x, axis, starts, ends, place) for place, axis in enumerate(axes)}
+    return [_padded(tape, x, only(gradients), rooms), *[None] * (len(node.input) - 1)]
+
+
+def _padded(tape: Tape, x: str, gradient: str, rooms: dict[int, tuple[str, str]]) -> str:
+    """The gradient with zeros before and after it along some axes, as large as ``x``.
+
+    The axes are named by the place of their pads among those of all: ONNX Runtime moves transposes past a
+    Pad, and takes the pads of one that names its axes for those of all of them.
+    """
+    shape, none = tape.types.shapes.get(x), tape.ints(0)
+    if shape is None:
+        before, after = zip(*rooms.values(), strict=True)
+        return tape.op("Pad", gradient, tape.op("Concat", *before, *after, axis=0), "", tape.ints(*rooms))
+    known = {axis % len(shape): room for axis, room in rooms.items()}
+    sides = [[known.get(axis, (none, none))[side] for axis in range(len(shape))] for side in (0, 1)]
+    return tape.op("Pad", gradient, tape.op("Concat", *sides[0], *sides[1], axis=0))
 
 
 def _put_back(tape: Tape, node: NodeProto, gradient: str) -> str:
