@@ -157,7 +157,7 @@ def test_what_is_all_constant_has_a_gradient_of_zeros() -> None:
     assert not found.any()
 
 
-class _Rounded(torch.autograd.Function):
+class _Sine(torch.autograd.Function):
     """A sine whose derivative is said to be 1."""
 
     @staticmethod
@@ -197,7 +197,7 @@ REFUSED: dict[str, tuple[Form, str]] = {
     "data": (lambda a, _: a * a.data, r"Tensor.data is not traced; write detach\(\)"),
     "in place": (_in_place, r"aten.mul_.Tensor changes a tensor in place under torch.no_grad\(\)"),
     "in place, behind a detach": (_behind, "loss is not what autograd gives"),
-    "a derivative of its own": (lambda a, _: _Rounded.apply(a), "grad.w is not what autograd gives"),
+    "a derivative of its own": (lambda a, _: _Sine.apply(a), "grad.w is not what autograd gives"),
     "attention": (
         lambda a, q: F.scaled_dot_product_attention(a, q, q),
         "_Memory.loss: operator aten.scaled_dot_product_attention.default has no form in ONNX",
