@@ -28,6 +28,8 @@ _EXPORT_COMMANDS = {
     "demo": "watch the shipped model learn",
 }
 _INTERRUPTED = 130
+_NO_MEMORY = "can't allocate memory"
+"""What PyTorch's allocator raises a ``RuntimeError`` with."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, which is its right
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and _NO_MEMORY not in str(error):
+            raise
         print("titans: out of memory; free some, or use a smaller model or file", file=sys.stderr)
         return EnvironmentProblem.exit_code
     except OSError as error:  # no permission, a name too long, a disk that is full

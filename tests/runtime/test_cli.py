@@ -144,11 +144,16 @@ def test_a_disk_that_is_full_is_a_matter_of_the_machine(
     assert not (tmp_path / "memory").exists()
 
 
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried …")],
+    ids=["of Python", "of PyTorch"],
+)
 def test_a_machine_without_memory_is_one_line(
-    titans: Titans, tiny_bundle: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+    titans: Titans, tiny_bundle: Path, text: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def exhausted(*arguments: object) -> None:
-        raise MemoryError
+        raise error
 
     monkeypatch.setattr(tr.Session, "append", exhausted)
     outcome = titans("run", tiny_bundle, text)
