@@ -8,7 +8,7 @@ import threading
 import time
 from pathlib import Path
 
-from titans_runtime.errors import OverloadError
+from titans_runtime.errors import OverloadError, UsageError
 from titans_runtime.model import load
 from titans_runtime.serving.discreet import DiscreetStore
 from titans_runtime.serving.memories import Memories
@@ -31,6 +31,11 @@ class Service:
         self.settings = settings
         self.owners = read_tokens(Path(settings.tokens)) if settings.tokens else None
         self.model = load(settings.bundle, threads=settings.threads, backend=settings.backend)
+        if not self.model.vocab_size:
+            raise UsageError(
+                f"{settings.bundle}: takes vectors, and a server completes tokens; run it from Python, as in "
+                "session.append(vectors)"
+            )
         self.name = Path(settings.bundle).resolve().name
         self.started = int(time.time())
         self._store = DiscreetStore(open_store(settings.store))

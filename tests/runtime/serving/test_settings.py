@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import titans_runtime as tr
 from titans_runtime.errors import DataError
+from titans_runtime.serving.service import Service
 from titans_runtime.serving.settings import Settings, digest_of, is_loopback, read_tokens
 
 TOKEN = "a-token-of-some-length"
@@ -35,6 +37,13 @@ def test_what_no_server_can_be_told(given: dict[str, Any], message: str) -> None
     with pytest.raises(tr.UsageError) as caught:
         Settings.from_dict({"bundle": "b"} | given)
     assert str(caught.value).startswith(message)
+
+
+def test_a_model_of_vectors_has_nothing_to_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = SimpleNamespace(vocab_size=0)
+    monkeypatch.setattr("titans_runtime.serving.service.load", lambda *_, **__: model)
+    with pytest.raises(tr.UsageError, match="takes vectors, and a server completes tokens"):
+        Service(Settings("b"))
 
 
 def test_a_bundle_must_be_named() -> None:
