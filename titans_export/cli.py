@@ -190,6 +190,8 @@ def _import(args: argparse.Namespace) -> int:
 
     found = import_checkpoint(args.file, args.out, args.config, args.tokenizer, args.entry, args.force)
     _note(f"{found.kind}: {found.tensors} tensors, all accounted for; {found.parameters:,} parameters")
+    for note in found.notes:
+        _note(f"note: {note}")
     print(args.out)
     return 0
 

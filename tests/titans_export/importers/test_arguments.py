@@ -51,8 +51,11 @@ pytest.importorskip("titans_pytorch")
             {"model": {"class": "MemoryMLP", "depth": 2, "expansion_factor": 0}},
             "expansion_factor is 0; it must",
         ),
-        ({"version": "0.4.2"}, "version is '0.4.2'; known: 0.5.0, 0.5.1, 0.5.2, 0.5.3, 0.5.5"),
-        ({"version": ["0.5.5"]}, "version is ['0.5.5']; known: "),
+        (
+            {"version": "0.3.20"},
+            "version is '0.3.20'; known for a NeuralMemory: 0.3.25, 0.4.0 to 0.4.25, 0.5.0, 0.5.1, ",
+        ),
+        ({"version": ["0.5.5"]}, "version is ['0.5.5']; known for a NeuralMemory: "),
         ({"class": ["x"]}, "class is ['x'], but"),
         ({"class": "MemoryAsContextTransformer"}, "class is 'MemoryAsContextTransformer', but"),
     ],
@@ -73,6 +76,13 @@ def test_what_cannot_be_represented_is_refused_by_name(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"version": "0.4.2"}, "version is '0.4.2'; known for a MemoryAsContextTransformer: 0.5.0, 0.5.1, "),
+        ({"hyper_connections": "0.3.11"}, "hyper_connections is '0.3.11'; known: 0.3.12, "),
+        ({"hyper_connections": ["0.4.0"]}, "hyper_connections is ['0.4.0']; known: 0.3.12, "),
+        (
+            {"hyper_connections": "0.3.16"},
+            "hyper_connections is '0.3.16', but the file's have the form of 0.4",
+        ),
         ({"token_emb": "mine"}, "token_emb is code of yours"),
         ({"neural_memory_segment_len": 3}, "neural_memory_segment_len is 3, which does not divide"),
         ({"neural_memory_model": {"class": "MemoryAttention"}}, "MemoryAttention, which attends"),

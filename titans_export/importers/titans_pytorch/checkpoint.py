@@ -28,7 +28,12 @@ from titans_export.importers.titans_pytorch.options import (
     from_dict,
     to_dict,
 )
-from titans_export.importers.titans_pytorch.versions import read_options, told_version
+from titans_export.importers.titans_pytorch.versions import (
+    assumptions,
+    read_options,
+    told_version,
+    with_connections,
+)
 from titans_export.training.checkpoint import (
     CONFIG_FILE,
     PROGRESS_FILE,
@@ -60,11 +65,13 @@ class Imported:
         kind: the library's class.
         tensors: in the file.
         parameters: numbers in the checkpoint.
+        notes: a line for each thing that neither file tells, and that was taken for granted.
     """
 
     kind: str
     tensors: int
     parameters: int
+    notes: tuple[str, ...] = ()
 
 
 def import_checkpoint(
@@ -103,10 +110,16 @@ def import_checkpoint(
         raise UsageError(f"{path}: class is {shown(stated)}, but {file} holds a {kind}")
     try:
         version = arguments.pop("version", None)
+        connections = arguments.pop("hyper_connections", None) if kind == TRANSFORMER else None
         options = read_options(kind, arguments, version)
+        tensors = with_connections(tensors, connections)
+        told = told_version(tensors)
+        assumed = [] if version else assumptions(options, arguments, told)
         content = {
             "library": LIBRARY,
-            "version": version or told_version(tensors),
+            "version": version or told,
+            "hyper_connections": connections,
+            "assumed": {name: value for name, value, _ in assumed},
             "class": kind,
             "options": to_dict(options),
             "tokenizer": _tokenizer(options, tokenizer),
@@ -123,7 +136,7 @@ def import_checkpoint(
     forget(out, PROGRESS_FILE)
     save_imported(model, content, out)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Imported(kind, len(tensors), parameters)
+    return Imported(kind, len(tensors), parameters, tuple(note for _, _, note in assumed))
 
 
 def save_imported(model: LibraryModel, config: dict[str, Any], folder: Path) -> None:
