@@ -27,7 +27,7 @@ from tests.titans_export.importers.importing import (
     import_file,
     weights_of,
 )
-from tests.titans_export.importers.library import MEMORY, TRANSFORMER
+from tests.titans_export.importers.library import MEMORY, TRANSFORMER, library_model
 from titans_export.config import ModelConfig
 from titans_export.exportable import load_exportable
 from titans_export.importers.titans_pytorch.checkpoint import _finite, _read
@@ -59,10 +59,30 @@ def test_a_transformer_is_imported(transformer: Tensors, tmp_path: Path) -> None
     assert (facts.tokenizer, facts.vocab_size, facts.edit_layers) == ("ids", 32, 2)
 
 
-def test_the_tokenizer_is_what_the_user_says(transformer: Tensors, tmp_path: Path) -> None:
-    code, out = import_file(tmp_path, transformer, TRANSFORMER_ARGUMENTS, "--tokenizer", "bytes")
+def test_the_tokenizer_is_what_the_user_says(tmp_path: Path) -> None:
+    arguments = TRANSFORMER_ARGUMENTS | {"num_tokens": 256}
+    tensors = library_model(TRANSFORMER, arguments).state_dict()
+    code, out = import_file(tmp_path, tensors, arguments, "--tokenizer", "bytes")
     assert code == 0
     assert load_exportable(out).facts().tokenizer == "bytes"
+
+
+@pytest.mark.parametrize("tokens", [32, 257])
+def test_bytes_are_all_tokens(
+    transformer: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str], tokens: int
+) -> None:
+    """With fewer, ordinary text has bytes that the model has no embedding for."""
+    arguments = TRANSFORMER_ARGUMENTS | {"num_tokens": tokens}
+    code, out = import_file(tmp_path, transformer, arguments, "--tokenizer", "bytes")
+    assert code == 2
+    expected = f"titans: --tokenizer is 'bytes', of which there are 256; num_tokens is {tokens}"
+    assert error_line(capsys) == expected
+    assert not out.exists()
+
+
+def test_a_memory_has_no_bytes(memory: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert import_file(tmp_path, memory, MEMORY_BASE, "--tokenizer", "bytes")[0] == 2
+    assert error_line(capsys) == "titans: --tokenizer is 'bytes'; a NeuralMemory takes vectors"
 
 
 def test_prefixes_of_wrappers_are_taken_off(memory: Tensors, tmp_path: Path) -> None:

@@ -122,11 +122,11 @@ def import_checkpoint(
             "assumed": {name: value for name, value, _ in assumed},
             "class": kind,
             "options": to_dict(options),
-            "tokenizer": _tokenizer(options, tokenizer),
         }
         _refuse_outside_weights(options)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
+    content["tokenizer"] = _tokenizer(options, tokenizer, "--tokenizer")
     try:
         check_fit(kind, options, tensors)
         model = build_model(kind, options)
@@ -165,7 +165,7 @@ def load_imported(folder: Path, config: Mapping[str, Any]) -> ImportedModel:
         options = (
             from_dict(MemoryOptions, fields) if kind == MEMORY else from_dict(TransformerOptions, fields)
         )
-        _tokenizer(options, config.get("tokenizer"))
+        _tokenizer(options, config.get("tokenizer"), "tokenizer")
     except (UsageError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: {error}") from None
     model = _filled(kind, options, folder / TENSORS_FILE)
@@ -191,16 +191,17 @@ def _filled(kind: str, options: MemoryOptions | TransformerOptions, path: Path) 
     return model
 
 
-def _tokenizer(options: MemoryOptions | TransformerOptions, wanted: object) -> str:
+def _tokenizer(options: MemoryOptions | TransformerOptions, wanted: object, name: str) -> str:
+    """What the model is given. ``name``: of where ``wanted`` is from, for a message."""
     if isinstance(options, MemoryOptions):
         if wanted not in (None, "vectors"):
-            raise UsageError(f"tokenizer is {wanted!r}; a {MEMORY} takes vectors")
+            raise UsageError(f"{name} is {shown(wanted)}; a {MEMORY} takes vectors")
         return "vectors"
     if wanted not in (None, "ids", "bytes"):
-        raise UsageError(f"tokenizer is {wanted!r}; a {TRANSFORMER} has 'ids' or 'bytes'")
-    if wanted == "bytes" and options.num_tokens > _BYTES:
+        raise UsageError(f"{name} is {shown(wanted)}; a {TRANSFORMER} has 'ids' or 'bytes'")
+    if wanted == "bytes" and options.num_tokens != _BYTES:
         raise UsageError(
-            f"tokenizer is 'bytes', of which there are {_BYTES}; num_tokens is {options.num_tokens}"
+            f"{name} is 'bytes', of which there are {_BYTES}; num_tokens is {options.num_tokens}"
         )
     return str(wanted or "ids")
 
