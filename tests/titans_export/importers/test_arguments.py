@@ -15,6 +15,7 @@ from tests.titans_export.importers.importing import (
     error_line,
     import_file,
 )
+from titans_export.importers.titans_pytorch.options import TransformerOptions
 
 pytest.importorskip("titans_pytorch")
 
@@ -92,6 +93,10 @@ def test_what_cannot_be_represented_is_refused_by_name(
         ),
         ({"num_tokens": None}, "num_tokens is None; it must be an integer"),
         ({"dim_head": 7}, "dim_head is 7; rotary positions need an even one"),
+        (
+            {"sliding_window_attn": True, "segment_len": 9998},
+            "sliding_window_attn over segment_len + num_longterm_mem_tokens, 10000: from 10000 on",
+        ),
         ({"memory": {"dim": 16}}, "unknown argument 'memory'; known: num_tokens, "),
         ({"neural_memory_segment_len": 0}, "neural_memory_segment_len is 0; it must be an integer from 1"),
         ({"num_longterm_mem_tokens": None}, "num_longterm_mem_tokens is None; it must be an integer from 0"),
@@ -117,6 +122,12 @@ def test_what_a_transformer_cannot_be_is_refused_by_name(
     assert code == 2
     assert message in error_line(capsys)
     assert not out.exists()
+
+
+def test_a_window_may_be_long_where_it_does_not_slide_or_reach_padding() -> None:
+    base = TRANSFORMER_ARGUMENTS | {"segment_len": 9997, "sliding_window_attn": True}
+    assert TransformerOptions.read(base).window == 9999
+    assert TransformerOptions.read(base | {"segment_len": 20_000, "sliding_window_attn": False})
 
 
 def test_arguments_must_be_there(memory: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
