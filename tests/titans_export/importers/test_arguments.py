@@ -124,6 +124,15 @@ def test_what_a_transformer_cannot_be_is_refused_by_name(
     assert not out.exists()
 
 
+@pytest.mark.parametrize("name", ["num_tokens", "dim", "depth", "segment_len"])
+def test_what_every_transformer_needs_is_said_to_be_missing(
+    transformer: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    given = {argument: value for argument, value in TRANSFORMER_ARGUMENTS.items() if argument != name}
+    assert import_file(tmp_path, transformer, given)[0] == 2
+    assert f"MemoryAsContextTransformer: the argument {name} is missing" in error_line(capsys)
+
+
 def test_a_window_may_be_long_where_it_does_not_slide_or_reach_padding() -> None:
     base = TRANSFORMER_ARGUMENTS | {"segment_len": 9997, "sliding_window_attn": True}
     assert TransformerOptions.read(base).window == 9999

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from titans_export.importers.titans_pytorch.arguments import shown
 from titans_export.importers.titans_pytorch.exportable import ImportedModel
@@ -28,6 +27,7 @@ from titans_export.importers.titans_pytorch.options import (
     from_dict,
     to_dict,
 )
+from titans_export.importers.titans_pytorch.reading import finite, read_file
 from titans_export.importers.titans_pytorch.versions import (
     assumptions,
     read_options,
@@ -40,7 +40,6 @@ from titans_export.training.checkpoint import (
     TENSORS_FILE,
     check_config,
     forget,
-    read_metadata,
     read_tensors,
     refuse_replacing,
     save_weights,
@@ -48,13 +47,11 @@ from titans_export.training.checkpoint import (
 )
 from titans_runtime.errors import DataError, UsageError
 from titans_runtime.json_reader import parse_object
-from titans_runtime.quiet import quiet
 
 LIBRARY = "titans-pytorch"
 _EDITING = {"edit": 1.0, "editor": None}
 _EDITING_FILE = "editing.json"
 _BYTES = 256
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -89,14 +86,14 @@ def import_checkpoint(
         out: folder of the checkpoint.
         config: the constructor's arguments as JSON; default is the file beside ``file`` of its name.
         tokenizer: ``bytes`` or ``ids`` for a transformer, default ``ids``; a memory takes vectors.
-        entry: of a file that holds a dictionary of several things, the one that is the state dict.
+        entry: of a file that holds several things, the state dict: see :func:`~.reading.read_file`.
         force: replace the checkpoint that ``out`` holds.
 
     Raises:
         DataError: a file is missing or damaged, or its keys or shapes are not those of the arguments.
         UsageError: an argument cannot be represented, or does not fit, or ``out`` holds a checkpoint.
     """
-    tensors = unwrapped(_read(file, entry))
+    tensors = unwrapped(read_file(file, entry))
     path = config or file.with_suffix(".json")
     _refuse_overwriting(out, file, path)
     refuse_replacing(out, force)
@@ -130,7 +127,7 @@ def import_checkpoint(
     try:
         check_fit(kind, options, tensors)
         model = build_model(kind, options)
-        load(model, {name: _finite(name, tensor) for name, tensor in tensors.items()})
+        load(model, {name: finite(name, tensor) for name, tensor in tensors.items()})
     except DataError as error:
         raise DataError(f"{file}: {error}") from None
     forget(out, PROGRESS_FILE)
@@ -234,83 +231,3 @@ def _refuse_overwriting(out: Path, *sources: Path) -> None:
                 f"--out {out}: is the folder of {source.name}, which is imported and might be overwritten; "
                 "name another"
             )
-
-
-def _read(file: Path, entry: str | None) -> dict[str, Tensor]:
-    """The state dict in a file, as it is there."""
-    content: object = _safetensors(file) if _is_safetensors(file) else _unpickled(file)
-    if entry is not None:
-        if not isinstance(content, Mapping) or entry not in content:
-            held = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
-            raise UsageError(f"--entry {entry}: {file} holds {held}")
-        content = content[entry]
-    if not isinstance(content, Mapping) or not content:
-        raise DataError(f"{file}: holds no state dict; save model.state_dict()")
-    others = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
-    if others:
-        raise DataError(
-            f"{file}: {others[0]!r} is no tensor; save model.state_dict(), or name what holds it: "
-            f"--entry {others[0]}"
-        )
-    for name, tensor in content.items():
-        _refuse_form(file, str(name), tensor)
-    return {str(name): tensor for name, tensor in content.items()}
-
-
-def _is_safetensors(file: Path) -> bool:
-    """By its content: a name may have any ending."""
-    try:
-        with file.open("rb") as opened:
-            head = opened.read(9)
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror})") from None
-    return head[8:] == b"{" and int.from_bytes(head[:8], "little") <= file.stat().st_size
-
-
-def _safetensors(file: Path) -> dict[str, Tensor]:
-    """Of several names for one tensor, ``safetensors.torch.save_model`` keeps one and notes the others."""
-    tensors = read_tensors(file)
-    for name, kept in read_metadata(file).items():
-        if kept in tensors:
-            tensors.setdefault(name, tensors[kept])
-    return tensors
-
-
-def _unpickled(file: Path) -> object:
-    """By ``torch.load`` with nothing but tensors allowed."""
-    try:
-        with quiet(), file.open("rb") as opened:  # given a name, it would go by its ending
-            return torch.load(opened, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror})") from None
-    except MemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001 - what a damaged pickle raises is anything
-        reason = str(error).strip().split("\n", maxsplit=1)[0]
-        if reason.startswith("Weights only load failed"):  # its advice is to run what the file holds
-            reason = "damaged, or it holds more than tensors"
-        raise DataError(
-            f"{file}: no file of tensors ({reason}); save model.state_dict() with torch.save, or safetensors"
-        ) from None
-
-
-def _refuse_form(file: Path, name: str, tensor: Tensor) -> None:
-    """What is no dense tensor of floating-point numbers, with numbers in it."""
-    if tensor.dtype not in _DTYPES:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-        raise DataError(
-            f"{file}: {name} is of type {tensor.dtype}; expected floating-point numbers, of {known}"
-        )
-    if tensor.layout != torch.strided or tensor.is_nested:
-        raise DataError(f"{file}: {name} is a sparse or nested tensor; save a dense one")
-    if tensor.is_meta:
-        raise DataError(f"{file}: {name} has a shape but no numbers (device meta); save the trained model")
-
-
-def _finite(name: str, tensor: Tensor) -> Tensor:
-    """In float32."""
-    converted = tensor.float()
-    if not torch.isfinite(converted).all():
-        held = "too large for float32" if torch.isfinite(tensor).all() else "that are not finite"
-        raise DataError(f"{name} holds values {held}")
-    return converted

@@ -165,7 +165,9 @@ class TransformerOptions:
         given = _without(arguments, _NO_EFFECT_TRANSFORMER)
         _refuse_functions(given, ("token_emb",), where)
         for name in ("num_tokens", "dim", "depth", "segment_len"):
-            check_number(name, given.get(name), where)
+            if name not in given:
+                raise UsageError(f"{where}: the argument {name} is missing")
+            check_number(name, given[name], where)
         check_numbers(given, where, _OPTIONAL)
         given["memory"] = _memories(given, where)
         given["neural_memory_layers"] = _layers(given.get("neural_memory_layers"), given["depth"], where)
