@@ -182,8 +182,8 @@ def _add_import(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--entry",
         metavar="NAME",
-        help="what holds the state dict, in a file of several things: an entry, one within another after a dot, "
-        "or what stands before the keys",
+        help="what holds the state dict, in a file of several things: an entry, one within another after "
+        "a dot, or what stands before the keys",
     )
     parser.set_defaults(handler=_import)
 
