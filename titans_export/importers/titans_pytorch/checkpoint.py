@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from titans_export.importers.titans_pytorch.arguments import shown
 from titans_export.importers.titans_pytorch.exportable import ImportedModel
@@ -106,21 +107,7 @@ def import_checkpoint(
     if stated != kind:
         raise UsageError(f"{path}: class is {shown(stated)}, but {file} holds a {kind}")
     try:
-        version = arguments.pop("version", None)
-        connections = arguments.pop("hyper_connections", None) if kind == TRANSFORMER else None
-        options = read_options(kind, arguments, version)
-        tensors = with_connections(tensors, connections)
-        told = told_version(tensors)
-        assumed = [] if version else assumptions(options, arguments, told)
-        content = {
-            "library": LIBRARY,
-            "version": version or told,
-            "hyper_connections": connections,
-            "assumed": {name: value for name, value, _ in assumed},
-            "class": kind,
-            "options": to_dict(options),
-        }
-        _refuse_outside_weights(options)
+        options, tensors, content, notes = _stated(kind, tensors, arguments)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
     content["tokenizer"] = _tokenizer(options, tokenizer, "--tokenizer")
@@ -133,7 +120,29 @@ def import_checkpoint(
     forget(out, PROGRESS_FILE)
     save_imported(model, content, out)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Imported(kind, len(tensors), parameters, tuple(note for _, _, note in assumed))
+    return Imported(kind, len(tensors), parameters, notes)
+
+
+def _stated(
+    kind: str, tensors: dict[str, Tensor], arguments: dict[str, Any]
+) -> tuple[MemoryOptions | TransformerOptions, dict[str, Tensor], dict[str, Any], tuple[str, ...]]:
+    """Options, tensors in the form of today, the checkpoint's config but for a tokenizer, and notes."""
+    version = arguments.pop("version", None)
+    connections = arguments.pop("hyper_connections", None) if kind == TRANSFORMER else None
+    options = read_options(kind, arguments, version)
+    _refuse_outside_weights(options)
+    tensors = with_connections(tensors, connections)
+    told = told_version(tensors)
+    assumed = [] if version else assumptions(options, arguments, told)
+    content = {
+        "library": LIBRARY,
+        "version": version or told,
+        "hyper_connections": connections,
+        "assumed": {name: value for name, value, _ in assumed},
+        "class": kind,
+        "options": to_dict(options),
+    }
+    return options, tensors, content, tuple(note for _, _, note in assumed)
 
 
 def save_imported(model: LibraryModel, config: dict[str, Any], folder: Path) -> None:
