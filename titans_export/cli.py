@@ -180,7 +180,10 @@ def _add_import(subparsers: Subparsers) -> None:
         "--tokenizer", choices=("ids", "bytes"), help="what a token id stands for (default: ids)"
     )
     parser.add_argument(
-        "--entry", metavar="NAME", help="what holds the state dict, in a file of several things"
+        "--entry",
+        metavar="NAME",
+        help="what holds the state dict, in a file of several things: an entry, one within another after "
+        "a dot, or what stands before the keys",
     )
     parser.set_defaults(handler=_import)
 
@@ -190,6 +193,8 @@ def _import(args: argparse.Namespace) -> int:
 
     found = import_checkpoint(args.file, args.out, args.config, args.tokenizer, args.entry, args.force)
     _note(f"{found.kind}: {found.tensors} tensors, all accounted for; {found.parameters:,} parameters")
+    for note in found.notes:
+        _note(f"note: {note}")
     print(args.out)
     return 0
 

@@ -36,8 +36,11 @@ def refuse_replacing(folder: Path, force: bool, resumes: bool = False) -> None:
         resumes: an unfinished training is gone on with, whatever lies beside it.
 
     Raises:
-        UsageError: it holds one, or an unfinished training.
+        UsageError: it holds one, or an unfinished training, or a file is in its place.
     """
+    there = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+    if there.exists() and not there.is_dir():
+        raise UsageError(f"--out {folder}: {there} is a file; name a folder")
     if force or (resumes and (folder / PROGRESS_FILE).exists()):
         return
     for name in (CONFIG_FILE, TENSORS_FILE, PROGRESS_FILE):

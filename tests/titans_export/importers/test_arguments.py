@@ -15,6 +15,7 @@ from tests.titans_export.importers.importing import (
     error_line,
     import_file,
 )
+from titans_export.importers.titans_pytorch.options import TransformerOptions
 
 pytest.importorskip("titans_pytorch")
 
@@ -51,8 +52,11 @@ pytest.importorskip("titans_pytorch")
             {"model": {"class": "MemoryMLP", "depth": 2, "expansion_factor": 0}},
             "expansion_factor is 0; it must",
         ),
-        ({"version": "0.4.2"}, "version is '0.4.2'; known: 0.5.0, 0.5.1, 0.5.2, 0.5.3, 0.5.5"),
-        ({"version": ["0.5.5"]}, "version is ['0.5.5']; known: "),
+        (
+            {"version": "0.3.20"},
+            "version is '0.3.20'; known for a NeuralMemory: 0.3.25, 0.4.0 to 0.4.25, 0.5.0, 0.5.1, ",
+        ),
+        ({"version": ["0.5.5"]}, "version is ['0.5.5']; known for a NeuralMemory: "),
         ({"class": ["x"]}, "class is ['x'], but"),
         ({"class": "MemoryAsContextTransformer"}, "class is 'MemoryAsContextTransformer', but"),
     ],
@@ -73,6 +77,13 @@ def test_what_cannot_be_represented_is_refused_by_name(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"version": "0.4.2"}, "version is '0.4.2'; known for a MemoryAsContextTransformer: 0.5.0, 0.5.1, "),
+        ({"hyper_connections": "0.3.11"}, "hyper_connections is '0.3.11'; known: 0.3.12, "),
+        ({"hyper_connections": ["0.4.0"]}, "hyper_connections is ['0.4.0']; known: 0.3.12, "),
+        (
+            {"hyper_connections": "0.3.16"},
+            "hyper_connections is '0.3.16', but the file's have the form of 0.4",
+        ),
         ({"token_emb": "mine"}, "token_emb is code of yours"),
         ({"neural_memory_segment_len": 3}, "neural_memory_segment_len is 3, which does not divide"),
         ({"neural_memory_model": {"class": "MemoryAttention"}}, "MemoryAttention, which attends"),
@@ -82,6 +93,10 @@ def test_what_cannot_be_represented_is_refused_by_name(
         ),
         ({"num_tokens": None}, "num_tokens is None; it must be an integer"),
         ({"dim_head": 7}, "dim_head is 7; rotary positions need an even one"),
+        (
+            {"sliding_window_attn": True, "segment_len": 9998},
+            "sliding_window_attn over segment_len + num_longterm_mem_tokens, 10000: from 10000 on",
+        ),
         ({"memory": {"dim": 16}}, "unknown argument 'memory'; known: num_tokens, "),
         ({"neural_memory_segment_len": 0}, "neural_memory_segment_len is 0; it must be an integer from 1"),
         ({"num_longterm_mem_tokens": None}, "num_longterm_mem_tokens is None; it must be an integer from 0"),
@@ -107,6 +122,21 @@ def test_what_a_transformer_cannot_be_is_refused_by_name(
     assert code == 2
     assert message in error_line(capsys)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["num_tokens", "dim", "depth", "segment_len"])
+def test_what_every_transformer_needs_is_said_to_be_missing(
+    transformer: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    given = {argument: value for argument, value in TRANSFORMER_ARGUMENTS.items() if argument != name}
+    assert import_file(tmp_path, transformer, given)[0] == 2
+    assert f"MemoryAsContextTransformer: the argument {name} is missing" in error_line(capsys)
+
+
+def test_a_window_may_be_long_where_it_does_not_slide_or_reach_padding() -> None:
+    base = TRANSFORMER_ARGUMENTS | {"segment_len": 9997, "sliding_window_attn": True}
+    assert TransformerOptions.read(base).window == 9999
+    assert TransformerOptions.read(base | {"segment_len": 20_000, "sliding_window_attn": False})
 
 
 def test_arguments_must_be_there(memory: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

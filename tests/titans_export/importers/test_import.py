@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -27,10 +29,10 @@ from tests.titans_export.importers.importing import (
     import_file,
     weights_of,
 )
-from tests.titans_export.importers.library import MEMORY, TRANSFORMER
+from tests.titans_export.importers.library import MEMORY, TRANSFORMER, library_model
 from titans_export.config import ModelConfig
 from titans_export.exportable import load_exportable
-from titans_export.importers.titans_pytorch.checkpoint import _finite, _read
+from titans_export.importers.titans_pytorch.reading import finite, read_file
 from titans_runtime.cli import main
 from titans_runtime.errors import DataError
 
@@ -59,10 +61,30 @@ def test_a_transformer_is_imported(transformer: Tensors, tmp_path: Path) -> None
     assert (facts.tokenizer, facts.vocab_size, facts.edit_layers) == ("ids", 32, 2)
 
 
-def test_the_tokenizer_is_what_the_user_says(transformer: Tensors, tmp_path: Path) -> None:
-    code, out = import_file(tmp_path, transformer, TRANSFORMER_ARGUMENTS, "--tokenizer", "bytes")
+def test_the_tokenizer_is_what_the_user_says(tmp_path: Path) -> None:
+    arguments = TRANSFORMER_ARGUMENTS | {"num_tokens": 256}
+    tensors = library_model(TRANSFORMER, arguments).state_dict()
+    code, out = import_file(tmp_path, tensors, arguments, "--tokenizer", "bytes")
     assert code == 0
     assert load_exportable(out).facts().tokenizer == "bytes"
+
+
+@pytest.mark.parametrize("tokens", [32, 257])
+def test_bytes_are_all_tokens(
+    transformer: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str], tokens: int
+) -> None:
+    """With fewer, ordinary text has bytes that the model has no embedding for."""
+    arguments = TRANSFORMER_ARGUMENTS | {"num_tokens": tokens}
+    code, out = import_file(tmp_path, transformer, arguments, "--tokenizer", "bytes")
+    assert code == 2
+    expected = f"titans: --tokenizer is 'bytes', of which there are 256; num_tokens is {tokens}"
+    assert error_line(capsys) == expected
+    assert not out.exists()
+
+
+def test_a_memory_has_no_bytes(memory: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert import_file(tmp_path, memory, MEMORY_BASE, "--tokenizer", "bytes")[0] == 2
+    assert error_line(capsys) == "titans: --tokenizer is 'bytes'; a NeuralMemory takes vectors"
 
 
 def test_prefixes_of_wrappers_are_taken_off(memory: Tensors, tmp_path: Path) -> None:
@@ -72,21 +94,83 @@ def test_prefixes_of_wrappers_are_taken_off(memory: Tensors, tmp_path: Path) -> 
     assert torch.equal(weights_of(out)["memory.to_keys.weight"], memory["to_keys.weight"].t())
 
 
-def test_the_state_dict_may_be_one_entry_of_several(
+def test_a_compiled_submodule_leaves_its_mark_within_keys(transformer: Tensors, tmp_path: Path) -> None:
+    compiled = {name.replace(".5.", ".5._orig_mod."): tensor for name, tensor in transformer.items()}
+    assert compiled.keys() != transformer.keys()
+    code, _ = import_file(tmp_path, compiled, TRANSFORMER_ARGUMENTS)
+    assert code == 0
+
+
+def test_keys_that_unwrapping_makes_one_are_both_kept(
     memory: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    several = {"model": memory, "optimizer": {"lr": 0.1}}
-    code, _ = import_file(tmp_path, several, MEMORY_BASE)
+    code, _ = import_file(tmp_path, memory | {"_orig_mod.to_keys.weight": torch.ones(1)}, MEMORY_BASE)
     assert code == 3
-    assert "'model' is no tensor; save model.state_dict(), or name what holds it: --entry" in error_line(
-        capsys
-    )
-    code, out = import_file(tmp_path, several, MEMORY_BASE, "--entry", "model")
+    assert "_orig_mod.to_keys.weight belongs to no option" in error_line(capsys)
+
+
+def _ema(memory: Tensors) -> dict[str, object]:
+    """Like a copy of averages: counters beside the model, keys prefixed."""
+    prefixed = {f"ema_model.{name}": tensor for name, tensor in memory.items()}
+    return {"step": torch.zeros(1).long(), **prefixed}
+
+
+def _lightning(memory: Tensors) -> dict[str, object]:
+    prefixed = {f"model.{name}": tensor for name, tensor in memory.items()}
+    moments = {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 0.1}]}
+    return {"epoch": 3, "hparams": {"dim": 16}, "optimizer": moments, "state_dict": prefixed}
+
+
+def _training(memory: Tensors) -> dict[str, object]:
+    return {"epoch": 3, "optimizer": {"lr": 0.1}, "net.best": {"model": memory}}
+
+
+@pytest.mark.parametrize(
+    ("make", "entry"),
+    [
+        (lambda memory: {"model": memory, "optimizer": {"lr": 0.1}}, "model"),
+        (lambda memory: {"optimizer": {"a": torch.zeros(2)}, "model": memory}, "model"),
+        (_ema, "ema_model"),
+        (_lightning, "state_dict.model"),
+        (_training, "net.best.model"),
+    ],
+)
+def test_the_state_dict_may_be_one_entry_of_several(
+    memory: Tensors,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    make: Callable[[Tensors], dict[str, object]],
+    entry: str,
+) -> None:
+    several = make(memory)
+    code, out = import_file(tmp_path, several, MEMORY_BASE)
+    assert code == 3
+    hint = "; save model.state_dict(), or name what holds it: --entry "
+    assert error_line(capsys).endswith(hint + entry)
+    assert not out.exists()
+    code, out = import_file(tmp_path, several, MEMORY_BASE, "--entry", entry)
     assert code == 0
-    assert weights_of(out)
-    code, _ = import_file(tmp_path, several, MEMORY_BASE, "--entry", "ema")
+    assert torch.equal(weights_of(out)["memory.to_keys.weight"], memory["to_keys.weight"].t())
+
+
+def test_entries_that_are_not_there_are_told_by_a_few_that_are(
+    memory: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _ = import_file(tmp_path, {"model": memory, "epoch": 3}, MEMORY_BASE, "--entry", "ema")
     assert code == 2
-    assert "holds model, optimizer" in error_line(capsys)
+    assert error_line(capsys).endswith("model.pt holds model, epoch")
+    many = {f"{name}\n": 0 for name in range(10_000)} | {"model": memory}
+    for entry in ("ema", "model.ema", "0"):
+        assert import_file(tmp_path, many, MEMORY_BASE, "--entry", entry)[0] == 2
+        line = error_line(capsys)
+        assert f"--entry {entry}: " in line
+        assert line.endswith(r"holds '0\n', '1\n', '2\n', '3\n', '4\n', …")
+
+
+def test_what_holds_no_model_suggests_no_entry(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _ = import_file(tmp_path, {"epoch": 3, "optimizer": {"lr": 0.1}}, MEMORY_BASE)
+    assert code == 3
+    assert error_line(capsys).endswith("model.pt: 'epoch' is no tensor; save model.state_dict()")
 
 
 def test_half_precision_becomes_float32(memory: Tensors, tmp_path: Path) -> None:
@@ -189,12 +273,58 @@ def test_the_kind_of_a_file_is_told_by_its_content(memory: Tensors, tmp_path: Pa
     assert main(["import", "titans-pytorch", str(file), "--out", str(tmp_path / "out")]) == 0
 
 
+@pytest.mark.parametrize(
+    ("more", "name"),
+    [
+        (argparse.Namespace(lr=0.1), "argparse.Namespace"),
+        (np.float64(0.5), "multiarray.scalar"),
+    ],
+)
+def test_a_class_that_is_not_read_is_named(
+    memory: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: object, name: str
+) -> None:
+    code, _ = import_file(tmp_path, {"model": memory, "more": more}, MEMORY_BASE, "--entry", "model")
+    assert code == 3
+    assert f"{name}, which is more than tensors); save model.state_dict() with" in error_line(capsys)
+
+
+@pytest.mark.parametrize("key", ["x\x1b[31m\n", "y" * 100_000])
+def test_keys_in_messages_stay_short_and_on_their_line(
+    memory: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    tensor = torch.zeros(1)
+    for content in (
+        memory | {key: tensor},
+        memory | {key: tensor.long()},
+        memory | {key: tensor.to_sparse()},
+        memory | {key: 1},
+        {key: tensor},
+    ):
+        assert import_file(tmp_path, content, MEMORY_BASE)[0] == 3
+        captured = capsys.readouterr().err
+        assert captured.count("\n") == 1
+        assert len(captured) < 1000
+        assert "\x1b" not in captured
+
+
+@pytest.mark.parametrize("below", ["", "deeper"])
+def test_a_file_in_place_of_the_folder_is_a_line(
+    memory: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str], below: str
+) -> None:
+    file = tmp_path / "taken"
+    file.write_text("mine", encoding="utf-8")
+    code, _ = import_file(tmp_path, memory, MEMORY_BASE, "--force", "--out", str(file / below))
+    assert code == 2
+    assert error_line(capsys) == f"titans: --out {file / below}: {file} is a file; name a folder"
+    assert file.read_text(encoding="utf-8") == "mine"
+
+
 def test_a_file_that_holds_more_is_not_to_be_trusted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import_file(tmp_path, {"x": _Code()}, MEMORY_BASE)
     line = error_line(capsys)
-    assert "(damaged, or it holds more than tensors)" in line
+    assert "(it holds eval, which is more than tensors)" in line
     assert "weights_only" not in line
 
 
@@ -302,8 +432,8 @@ def test_a_file_with_other_bytes_is_read_or_refused(seed: int, zipped: bool, cha
         path = Path(folder) / "model.pt"
         path.write_bytes(content)
         with contextlib.suppress(DataError):
-            for name, tensor in _read(path, None).items():
-                assert torch.isfinite(_finite(name, tensor)).all()
+            for name, tensor in read_file(path, None).items():
+                assert torch.isfinite(finite(name, tensor)).all()
 
 
 def test_the_weights_of_another_import_are_refused(memory: Tensors, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from titans_runtime.errors import UsageError
 
+_KEY = 120
 _WIDTH, _LAYERS, _PLACES = 2**16, 2**10, 2**16
 
 INTEGERS: dict[str, tuple[int, int]] = {
@@ -102,3 +103,8 @@ def an_object(given: dict[str, Any], name: str, where: str) -> dict[str, Any] | 
 def shown(value: object) -> str:
     """A value for a message, which must stay a line."""
     return reprlib.repr(value)
+
+
+def shown_key(key: str) -> str:
+    """A name from a file for a message: as it stands, unless it could break the line or fill the screen."""
+    return key if key.isprintable() and len(key) <= _KEY else shown(key)

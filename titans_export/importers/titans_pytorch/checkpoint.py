@@ -28,14 +28,19 @@ from titans_export.importers.titans_pytorch.options import (
     from_dict,
     to_dict,
 )
-from titans_export.importers.titans_pytorch.versions import read_options, told_version
+from titans_export.importers.titans_pytorch.reading import finite, read_file
+from titans_export.importers.titans_pytorch.versions import (
+    assumptions,
+    read_options,
+    told_version,
+    with_connections,
+)
 from titans_export.training.checkpoint import (
     CONFIG_FILE,
     PROGRESS_FILE,
     TENSORS_FILE,
     check_config,
     forget,
-    read_metadata,
     read_tensors,
     refuse_replacing,
     save_weights,
@@ -43,13 +48,11 @@ from titans_export.training.checkpoint import (
 )
 from titans_runtime.errors import DataError, UsageError
 from titans_runtime.json_reader import parse_object
-from titans_runtime.quiet import quiet
 
 LIBRARY = "titans-pytorch"
 _EDITING = {"edit": 1.0, "editor": None}
 _EDITING_FILE = "editing.json"
 _BYTES = 256
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,13 @@ class Imported:
         kind: the library's class.
         tensors: in the file.
         parameters: numbers in the checkpoint.
+        notes: a line for each thing that neither file tells, and that was taken for granted.
     """
 
     kind: str
     tensors: int
     parameters: int
+    notes: tuple[str, ...] = ()
 
 
 def import_checkpoint(
@@ -82,14 +87,14 @@ def import_checkpoint(
         out: folder of the checkpoint.
         config: the constructor's arguments as JSON; default is the file beside ``file`` of its name.
         tokenizer: ``bytes`` or ``ids`` for a transformer, default ``ids``; a memory takes vectors.
-        entry: of a file that holds a dictionary of several things, the one that is the state dict.
+        entry: of a file that holds several things, the state dict: see :func:`~.reading.read_file`.
         force: replace the checkpoint that ``out`` holds.
 
     Raises:
         DataError: a file is missing or damaged, or its keys or shapes are not those of the arguments.
         UsageError: an argument cannot be represented, or does not fit, or ``out`` holds a checkpoint.
     """
-    tensors = unwrapped(_read(file, entry))
+    tensors = unwrapped(read_file(file, entry))
     path = config or file.with_suffix(".json")
     _refuse_overwriting(out, file, path)
     refuse_replacing(out, force)
@@ -102,28 +107,42 @@ def import_checkpoint(
     if stated != kind:
         raise UsageError(f"{path}: class is {shown(stated)}, but {file} holds a {kind}")
     try:
-        version = arguments.pop("version", None)
-        options = read_options(kind, arguments, version)
-        content = {
-            "library": LIBRARY,
-            "version": version or told_version(tensors),
-            "class": kind,
-            "options": to_dict(options),
-            "tokenizer": _tokenizer(options, tokenizer),
-        }
-        _refuse_outside_weights(options)
+        options, tensors, content, notes = _stated(kind, tensors, arguments)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
+    content["tokenizer"] = _tokenizer(options, tokenizer, "--tokenizer")
     try:
         check_fit(kind, options, tensors)
         model = build_model(kind, options)
-        load(model, {name: _finite(name, tensor) for name, tensor in tensors.items()})
+        load(model, {name: finite(name, tensor) for name, tensor in tensors.items()})
     except DataError as error:
         raise DataError(f"{file}: {error}") from None
     forget(out, PROGRESS_FILE)
     save_imported(model, content, out)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Imported(kind, len(tensors), parameters)
+    return Imported(kind, len(tensors), parameters, notes)
+
+
+def _stated(
+    kind: str, tensors: dict[str, Tensor], arguments: dict[str, Any]
+) -> tuple[MemoryOptions | TransformerOptions, dict[str, Tensor], dict[str, Any], tuple[str, ...]]:
+    """Options, tensors in the form of today, the checkpoint's config but for a tokenizer, and notes."""
+    version = arguments.pop("version", None)
+    connections = arguments.pop("hyper_connections", None) if kind == TRANSFORMER else None
+    options = read_options(kind, arguments, version)
+    _refuse_outside_weights(options)
+    tensors = with_connections(tensors, connections)
+    told = told_version(tensors)
+    assumed = [] if version else assumptions(options, arguments, told)
+    content = {
+        "library": LIBRARY,
+        "version": version or told,
+        "hyper_connections": connections,
+        "assumed": {name: value for name, value, _ in assumed},
+        "class": kind,
+        "options": to_dict(options),
+    }
+    return options, tensors, content, tuple(note for _, _, note in assumed)
 
 
 def save_imported(model: LibraryModel, config: dict[str, Any], folder: Path) -> None:
@@ -152,7 +171,7 @@ def load_imported(folder: Path, config: Mapping[str, Any]) -> ImportedModel:
         options = (
             from_dict(MemoryOptions, fields) if kind == MEMORY else from_dict(TransformerOptions, fields)
         )
-        _tokenizer(options, config.get("tokenizer"))
+        _tokenizer(options, config.get("tokenizer"), "tokenizer")
     except (UsageError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: {error}") from None
     model = _filled(kind, options, folder / TENSORS_FILE)
@@ -178,16 +197,17 @@ def _filled(kind: str, options: MemoryOptions | TransformerOptions, path: Path) 
     return model
 
 
-def _tokenizer(options: MemoryOptions | TransformerOptions, wanted: object) -> str:
+def _tokenizer(options: MemoryOptions | TransformerOptions, wanted: object, name: str) -> str:
+    """What the model is given. ``name``: of where ``wanted`` is from, for a message."""
     if isinstance(options, MemoryOptions):
         if wanted not in (None, "vectors"):
-            raise UsageError(f"tokenizer is {wanted!r}; a {MEMORY} takes vectors")
+            raise UsageError(f"{name} is {shown(wanted)}; a {MEMORY} takes vectors")
         return "vectors"
     if wanted not in (None, "ids", "bytes"):
-        raise UsageError(f"tokenizer is {wanted!r}; a {TRANSFORMER} has 'ids' or 'bytes'")
-    if wanted == "bytes" and options.num_tokens > _BYTES:
+        raise UsageError(f"{name} is {shown(wanted)}; a {TRANSFORMER} has 'ids' or 'bytes'")
+    if wanted == "bytes" and options.num_tokens != _BYTES:
         raise UsageError(
-            f"tokenizer is 'bytes', of which there are {_BYTES}; num_tokens is {options.num_tokens}"
+            f"{name} is 'bytes', of which there are {_BYTES}; num_tokens is {options.num_tokens}"
         )
     return str(wanted or "ids")
 
@@ -220,83 +240,3 @@ def _refuse_overwriting(out: Path, *sources: Path) -> None:
                 f"--out {out}: is the folder of {source.name}, which is imported and might be overwritten; "
                 "name another"
             )
-
-
-def _read(file: Path, entry: str | None) -> dict[str, Tensor]:
-    """The state dict in a file, as it is there."""
-    content: object = _safetensors(file) if _is_safetensors(file) else _unpickled(file)
-    if entry is not None:
-        if not isinstance(content, Mapping) or entry not in content:
-            held = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
-            raise UsageError(f"--entry {entry}: {file} holds {held}")
-        content = content[entry]
-    if not isinstance(content, Mapping) or not content:
-        raise DataError(f"{file}: holds no state dict; save model.state_dict()")
-    others = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
-    if others:
-        raise DataError(
-            f"{file}: {others[0]!r} is no tensor; save model.state_dict(), or name what holds it: "
-            f"--entry {others[0]}"
-        )
-    for name, tensor in content.items():
-        _refuse_form(file, str(name), tensor)
-    return {str(name): tensor for name, tensor in content.items()}
-
-
-def _is_safetensors(file: Path) -> bool:
-    """By its content: a name may have any ending."""
-    try:
-        with file.open("rb") as opened:
-            head = opened.read(9)
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror})") from None
-    return head[8:] == b"{" and int.from_bytes(head[:8], "little") <= file.stat().st_size
-
-
-def _safetensors(file: Path) -> dict[str, Tensor]:
-    """Of several names for one tensor, ``safetensors.torch.save_model`` keeps one and notes the others."""
-    tensors = read_tensors(file)
-    for name, kept in read_metadata(file).items():
-        if kept in tensors:
-            tensors.setdefault(name, tensors[kept])
-    return tensors
-
-
-def _unpickled(file: Path) -> object:
-    """By ``torch.load`` with nothing but tensors allowed."""
-    try:
-        with quiet(), file.open("rb") as opened:  # given a name, it would go by its ending
-            return torch.load(opened, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror})") from None
-    except MemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001 - what a damaged pickle raises is anything
-        reason = str(error).strip().split("\n", maxsplit=1)[0]
-        if reason.startswith("Weights only load failed"):  # its advice is to run what the file holds
-            reason = "damaged, or it holds more than tensors"
-        raise DataError(
-            f"{file}: no file of tensors ({reason}); save model.state_dict() with torch.save, or safetensors"
-        ) from None
-
-
-def _refuse_form(file: Path, name: str, tensor: Tensor) -> None:
-    """What is no dense tensor of floating-point numbers, with numbers in it."""
-    if tensor.dtype not in _DTYPES:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-        raise DataError(
-            f"{file}: {name} is of type {tensor.dtype}; expected floating-point numbers, of {known}"
-        )
-    if tensor.layout != torch.strided or tensor.is_nested:
-        raise DataError(f"{file}: {name} is a sparse or nested tensor; save a dense one")
-    if tensor.is_meta:
-        raise DataError(f"{file}: {name} has a shape but no numbers (device meta); save the trained model")
-
-
-def _finite(name: str, tensor: Tensor) -> Tensor:
-    """In float32."""
-    converted = tensor.float()
-    if not torch.isfinite(converted).all():
-        held = "too large for float32" if torch.isfinite(tensor).all() else "that are not finite"
-        raise DataError(f"{name} holds values {held}")
-    return converted

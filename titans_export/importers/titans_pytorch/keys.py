@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from titans_export.importers.titans_pytorch.arguments import shown_key
 from titans_export.importers.titans_pytorch.memory import LibraryMemory
 from titans_export.importers.titans_pytorch.neural_memory import NeuralMemoryModel
 from titans_export.importers.titans_pytorch.options import MemoryOptions, TransformerOptions
@@ -18,7 +21,8 @@ MEMORY, TRANSFORMER = "NeuralMemory", "MemoryAsContextTransformer"
 LibraryModel = NeuralMemoryModel | TransformerModel
 
 _MEMORY_KEY, _TRANSFORMER_KEY = "memory_model_parameters.0", "token_emb.weight"
-_WRAPPERS = ("module.", "_orig_mod.")
+_OF_TRANSFORMER = re.compile(r"(^|\.)layers\.\d+\.4$")
+_PARALLEL, _COMPILED = "module.", "_orig_mod"
 _SEQUENTIAL = (
     "retrieve_gate",
     "to_adaptive_step",
@@ -30,14 +34,37 @@ _SEQUENTIAL = (
 )
 
 
-def unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without the prefixes that data-parallel training and ``torch.compile`` give to every key."""
-    plain = dict(tensors)
-    for _ in _WRAPPERS:
-        for prefix in _WRAPPERS:
-            if plain and all(key.startswith(prefix) for key in plain):
-                plain = {key.removeprefix(prefix): tensor for key, tensor in plain.items()}
+_Value = TypeVar("_Value")
+
+
+def unwrapped(tensors: Mapping[str, _Value]) -> dict[str, _Value]:
+    """Without what wrappers put into keys: data-parallel training before all, ``torch.compile`` anywhere."""
+    plain = {_uncompiled(key): tensor for key, tensor in tensors.items()}
+    if len(plain) < len(tensors):  # two keys in one: neither is to be lost in silence
+        return dict(tensors)
+    while plain and all(key.startswith(_PARALLEL) for key in plain):
+        plain = {key.removeprefix(_PARALLEL): tensor for key, tensor in plain.items()}
     return plain
+
+
+def _uncompiled(key: str) -> str:
+    return ".".join(part for part in key.split(".") if part != _COMPILED)
+
+
+def has_model(keys: Iterable[str]) -> bool:
+    """Whether a key that every model of one class has is there."""
+    return not {_TRANSFORMER_KEY, _MEMORY_KEY}.isdisjoint(keys)
+
+
+def prefix_of_model(keys: Iterable[str]) -> str | None:
+    """What stands before the keys of a model in a dictionary, where they do not begin it."""
+    names = list(keys)
+    for own in (_TRANSFORMER_KEY, _MEMORY_KEY):
+        for name in names:
+            prefix = name.removesuffix(f".{own}")
+            if prefix != name and not _OF_TRANSFORMER.search(prefix):
+                return prefix
+    return None
 
 
 def recognised(keys: Iterable[str]) -> str:
@@ -57,7 +84,7 @@ def recognised(keys: Iterable[str]) -> str:
         return TRANSFORMER
     if _MEMORY_KEY in names:
         return MEMORY
-    example = ", ".join(sorted(names)[:3]) or "nothing"
+    example = ", ".join(map(shown_key, sorted(names)[:3])) or "nothing"
     raise DataError(
         f"the keys are neither those of {MEMORY} nor of {TRANSFORMER}; the file holds {example}, …"
     )
@@ -107,7 +134,7 @@ class _Reader:
         if self._left:
             key = min(self._left)
             raise DataError(
-                f"{key} belongs to no option that the constructor arguments switch on "
+                f"{shown_key(key)} belongs to no option that the constructor arguments switch on "
                 f"({len(self._left)} such keys); give the arguments that the model was trained with"
             )
 

@@ -27,6 +27,9 @@ _FUNCTIONS = ("store_memory_loss_fn", "adaptive_step_transform")
 _NOT_STREAMED = "MemoryAttention"
 _OPTIONAL = ("batch_size", "max_grad_norm", "neural_memory_segment_len", "neural_memory_batch_size")
 
+_PADDED_BEFORE = 10_000
+"""The library puts the padding of a sliding window at place -1e4, which a window so long reaches."""
+
 
 @dataclass(frozen=True)
 class MemoryOptions:
@@ -162,7 +165,9 @@ class TransformerOptions:
         given = _without(arguments, _NO_EFFECT_TRANSFORMER)
         _refuse_functions(given, ("token_emb",), where)
         for name in ("num_tokens", "dim", "depth", "segment_len"):
-            check_number(name, given.get(name), where)
+            if name not in given:
+                raise UsageError(f"{where}: the argument {name} is missing")
+            check_number(name, given[name], where)
         check_numbers(given, where, _OPTIONAL)
         given["memory"] = _memories(given, where)
         given["neural_memory_layers"] = _layers(given.get("neural_memory_layers"), given["depth"], where)
@@ -179,6 +184,11 @@ class TransformerOptions:
             raise UsageError(
                 f"{where}: neural_memory_segment_len is {self.memory.chunk_size}, which does not divide "
                 f"segment_len + num_longterm_mem_tokens, {self.window}: such a model cannot be imported"
+            )
+        if self.sliding_window_attn and self.window >= _PADDED_BEFORE:
+            raise UsageError(
+                f"{where}: sliding_window_attn over segment_len + num_longterm_mem_tokens, {self.window}: "
+                f"from {_PADDED_BEFORE} on the library attends to padding, and cannot be followed"
             )
         if self.dim_head % 2:
             raise UsageError(f"{where}: dim_head is {self.dim_head}; rotary positions need an even one")
