@@ -319,6 +319,42 @@ def test_a_file_in_place_of_the_folder_is_a_line(
     assert file.read_text(encoding="utf-8") == "mine"
 
 
+def _scripted() -> bytes:
+    stream = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), stream)
+    return stream.getvalue()
+
+
+def _cut(size: int) -> bytes:
+    stream = io.BytesIO()
+    torch.save({"a": torch.ones(300, 2)}, stream)
+    return stream.getvalue()[:size]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (_scripted, "a TorchScript archive"),
+        (lambda: bytes(100_000), "of PyTorch's old .tar format, or damaged"),
+        (lambda: b"", "damaged or truncated"),
+        (lambda: _cut(10), "damaged or truncated"),
+        (lambda: _cut(-10), "damaged or truncated"),
+    ],
+    ids=["TorchScript", "zeros", "empty", "its beginning", "without its end"],
+)
+def test_no_file_of_tensors_is_named_as_what_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: Callable[[], bytes], reason: str
+) -> None:
+    """And never with torch's advice, which is to run what the file holds."""
+    file, config = tmp_path / "model.pt", tmp_path / "model.json"
+    file.write_bytes(content())
+    config.write_text(json.dumps(MEMORY_BASE), encoding="utf-8")
+    assert main(["import", "titans-pytorch", str(file), "--out", str(tmp_path / "out")]) == 3
+    assert f"no file of tensors ({reason}); save model.state_dict()" in error_line(capsys)
+
+
 def test_a_file_that_holds_more_is_not_to_be_trusted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -117,24 +117,36 @@ def _safetensors(file: Path) -> dict[str, Tensor]:
 def _unpickled(file: Path) -> object:
     """By ``torch.load`` with nothing but tensors allowed."""
     try:
-        with quiet(), file.open("rb") as opened:  # given a name, it would go by its ending
-            return torch.load(opened, map_location="cpu", weights_only=True)
+        opened = file.open("rb")  # given a name, torch would go by its ending
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror})") from None
+    try:
+        with quiet(), opened:
+            return torch.load(opened, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - what a damaged pickle raises is anything
-        reason = str(error).strip().split("\n", maxsplit=1)[0]
-        if reason.startswith("Weights only load failed"):  # its advice is to run what the file holds
-            code = _CODE.search(str(error))
-            reason = (
-                f"it holds {shown_key(code[1])}, which is more than tensors"
-                if code
-                else "damaged, or it holds more than tensors"
-            )
         raise DataError(
-            f"{file}: no file of tensors ({reason}); save model.state_dict() with torch.save, or safetensors"
+            f"{file}: no file of tensors ({_reason(error)}); save model.state_dict() with torch.save, or "
+            "safetensors"
         ) from None
+
+
+def _reason(error: Exception) -> str:
+    """Why a file was not read; never torch's advice, which is to run what the file holds."""
+    text = str(error)
+    first = text.strip().split("\n", maxsplit=1)[0]
+    if code := _CODE.search(text):
+        return f"it holds {shown_key(code[1])}, which is more than tensors"
+    if "TorchScript archive" in text:
+        return "a TorchScript archive"
+    if ".tar format" in text:
+        return "of PyTorch's old .tar format, or damaged"
+    if "eights only" in text or "weights_only" in text:
+        return "damaged, or it holds more than tensors"
+    # A seek beyond the end of a file that was cut is the system's error, and an empty file has no words.
+    cut = isinstance(error, OSError) or "zip archive" in first or not first
+    return "damaged or truncated" if cut else first
 
 
 def _refuse_form(file: Path, name: str, tensor: Tensor) -> None:
