@@ -259,6 +259,7 @@ def _export(args: argparse.Namespace) -> int:
         raise UsageError(f"{what}: needs one graph for any number of tokens; drop --scan unrolled")
     tokens = _tokens(args.tokens, args.scan)
     from titans_export.pipeline import TOKENS, export_bundle
+    from titans_runtime.progress import progress_counter
 
     if "tensorrt" in formats:  # what is missing is said before minutes of work
         from titans_converters.tensorrt.builder import require_tensorrt
@@ -273,6 +274,7 @@ def _export(args: argparse.Namespace) -> int:
         formats=twins,
         scan=args.scan,
         tokens=tokens or (TOKENS,),
+        progress=lambda: progress_counter(None, "reference", " tokens"),
     )
     print("\n".join(result.lines()))
     print(args.out)

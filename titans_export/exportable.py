@@ -14,7 +14,7 @@ from titans_converters.onnx.lowering import linear_attention_node
 from titans_converters.onnx.trace import memory_node, recurrence_node
 from titans_converters.program import Program, RecurrenceProgram
 from titans_export.config import ModelConfig
-from titans_export.goldens import make_goldens
+from titans_export.goldens import Watch, make_goldens
 from titans_export.memory_layer import Rules, State, StateEntry
 from titans_export.model import TitansModel, state_schema
 from titans_export.programs import model_program, readout_gradient_program
@@ -81,8 +81,12 @@ class Exportable(Protocol):
         """What the operators in ``programs`` stand for."""
         ...
 
-    def goldens(self) -> dict[str, npt.NDArray[np.generic]]:
-        """Inputs and outputs expected of them, from a reference that is not what is exported."""
+    def goldens(self, watch: Watch = lambda _: None) -> dict[str, npt.NDArray[np.generic]]:
+        """Inputs and outputs expected of them, from a reference that is not what is exported.
+
+        Args:
+            watch: is told how many more tokens the reference has seen.
+        """
         ...
 
 
@@ -134,9 +138,9 @@ class OwnModel:
         """One for each kind of memory."""
         return recurrence_programs(self.model)
 
-    def goldens(self) -> dict[str, npt.NDArray[np.generic]]:
+    def goldens(self, watch: Watch = lambda _: None) -> dict[str, npt.NDArray[np.generic]]:
         """By the token loop in float64."""
-        return make_goldens(self.model)
+        return make_goldens(self.model, watch=watch)
 
 
 def _refuse_native(config: ModelConfig) -> None:

@@ -6,6 +6,7 @@ mistake in the fast form cannot agree with itself.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,7 @@ from titans_export.memory.reference import reference_recurrence
 from titans_export.model import Rules, State, TitansModel
 
 Arrays = dict[str, npt.NDArray[np.generic]]
+Watch = Callable[[int], object]
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,13 @@ class _Case:
     staggered: bool = False
 
 
-def make_goldens(model: TitansModel, seed: int = 0) -> Arrays:
+def make_goldens(model: TitansModel, seed: int = 0, watch: Watch = lambda _: None) -> Arrays:
     """Run the reference on a few streams, cut at several places, editing off, on and mixed.
+
+    Args:
+        model: in any dtype; the reference's own copy is in float64.
+        seed: of the streams.
+        watch: is told how many more tokens have been seen, stream by stream.
 
     Returns:
         Tensors named ``<case>.<graph>.<call>.<input|output>.<tensor>``.
@@ -58,6 +65,7 @@ def make_goldens(model: TitansModel, seed: int = 0) -> Arrays:
     arrays: Arrays = {}
     for case in _cases(model.config, generator):
         arrays |= _run_model(reference, case, generator)
+        watch(len(case.edit) * sum(case.lengths))
     arrays |= _run_readout_gradient(model.config, generator)
     return arrays | _run_gradients(reference, generator)
 

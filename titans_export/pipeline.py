@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from titans_converters.twins import GradientTwin, gradient_twin
 from titans_export import contents
 from titans_export.editing import check_editing, read_editing
 from titans_export.exportable import Exportable, load_exportable
+from titans_export.goldens import Watch
 from titans_export.training.checkpoint import round_to_half
 from titans_runtime import bundle as bundles
 from titans_runtime.backends import Arrays
@@ -41,6 +43,7 @@ TOKENS = 64
 
 _WRITERS = {"torchscript": write_torchscript, "aoti": write_aot_inductor}
 Report = Callable[[str], None]
+Progress = Callable[[], AbstractContextManager[Watch]]
 
 
 def export_bundle(
@@ -51,6 +54,7 @@ def export_bundle(
     formats: Sequence[str] = (),
     scan: str = "plugin",
     tokens: Sequence[int] = (TOKENS,),
+    progress: Progress = lambda: nullcontext(lambda _: None),
 ) -> VerificationReport:
     """Export a checkpoint and verify the result against the PyTorch model's token loop.
 
@@ -65,6 +69,7 @@ def export_bundle(
         scan: what stands for the memory, one of :data:`titans_converters.onnx.lowering.SCANS`.
         formats: in which to write every graph beside ONNX: ``torchscript``, ``aoti``.
         tokens: of the calls for which an ``unrolled`` bundle has graphs; it always has one for 1.
+        progress: draws a bar of the reference's tokens: its context gives what moves the bar on.
 
     Returns:
         The checks of all formats, ONNX first.
@@ -102,7 +107,8 @@ def export_bundle(
             twins[name] = _WRITERS[name](wanted, recurrences, work)
             files += twins[name].values()
         report("running the reference for the goldens")
-        goldens = _of_graphs(model.goldens(), graphs)
+        with progress() as watch:
+            goldens = _of_graphs(model.goldens(watch), graphs)
         write_atomically(work / bundles.GOLDENS_NAME, tensor_bytes(goldens))
         files.append(bundles.GOLDENS_NAME)
         specs = {program.name: contents.graph(program, twins) for program in programs}

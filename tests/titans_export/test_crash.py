@@ -63,7 +63,7 @@ def test_an_export_killed_at_every_step(
     pipeline._round(exportable, weights)
     goldens, graphs = exportable.goldens(), _traced(exportable, quantised=weights == "int8")
     gradients = gradient_graphs(graphs["model"], pipeline.editable_memories(exportable))
-    monkeypatch.setattr(type(exportable), "goldens", lambda self: goldens)
+    monkeypatch.setattr(type(exportable), "goldens", lambda self, watch: goldens)
     monkeypatch.setattr(pipeline, "trace", lambda program, _: graphs[program.name])
     monkeypatch.setattr(pipeline, "gradient_graphs", lambda *_: gradients)
     pipeline.export_bundle(checkpoint, tmp_path / "new", weights=weights)

@@ -157,7 +157,7 @@ def test_wrong_export_leaves_the_older_bundle(
 ) -> None:
     right = exportable.make_goldens
 
-    def wrong(model: TitansModel) -> dict[str, Any]:
+    def wrong(model: TitansModel, watch: object) -> dict[str, Any]:
         goldens = right(model)
         goldens["edit_off.model.2.output.logits"][0, 5, 7] += 0.01
         return goldens

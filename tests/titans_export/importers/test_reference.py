@@ -15,11 +15,11 @@ from tests.titans_export.importers.cases import (
     TRANSFORMER_CASES,
 )
 from tests.titans_export.importers.library import MEMORY, TRANSFORMER, sequence_for, streamed
-from titans_export.importers.titans_pytorch import stream
+from titans_export.importers.titans_pytorch import goldens, stream
 from titans_export.importers.titans_pytorch.core import Streamed
 from titans_export.importers.titans_pytorch.keys import LibraryModel, build_model
 from titans_export.importers.titans_pytorch.options import MemoryOptions, TransformerOptions
-from titans_export.importers.titans_pytorch.reference import loop
+from titans_export.importers.titans_pytorch.reference import Loop, TransformerLoop, loop
 
 _TRANSFORMERS = (
     "several chunks a segment",
@@ -108,3 +108,17 @@ def test_without_editing_the_memory_stays_as_it_began_bit_for_bit() -> None:
     for name, tensor in zip(model.state(), state, strict=True):
         if name.startswith("memory."):
             assert torch.equal(tensor, model.learned_state()[name].expand_as(tensor))
+
+
+def test_goldens_tell_of_every_token_that_their_loops_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _random(TRANSFORMER, TRANSFORMER_BASE | TRANSFORMER_CASES["sliding window with long-term tokens"])
+    rows, told = [], []
+
+    def kept(own: LibraryModel, edit: torch.Tensor) -> Loop:
+        rows.append(loop(own, edit))
+        return rows[-1]
+
+    monkeypatch.setattr(goldens, "loop", kept)
+    goldens.make_goldens(model, watch=told.append)
+    assert sum(told) == sum(row.tokens for row in rows if isinstance(row, TransformerLoop)) > 0
+    assert max(told) == 1

@@ -17,7 +17,7 @@ from titans_converters.program import Axes, Program, RecurrenceProgram
 from titans_export.exportable import Facts
 from titans_export.importers.titans_pytorch.association import Association
 from titans_export.importers.titans_pytorch.core import StoredCore, Streamed
-from titans_export.importers.titans_pytorch.goldens import associates, make_goldens
+from titans_export.importers.titans_pytorch.goldens import Watch, associates, make_goldens
 from titans_export.importers.titans_pytorch.keys import LibraryModel
 from titans_export.importers.titans_pytorch.neural_memory import NeuralMemoryModel
 from titans_export.importers.titans_pytorch.residual import HyperConnection
@@ -182,9 +182,9 @@ class ImportedModel:
             return "logits", self.model.options.num_tokens
         return "outputs", self.model.options.dim
 
-    def goldens(self) -> dict[str, npt.NDArray[np.generic]]:
+    def goldens(self, watch: Watch = lambda _: None) -> dict[str, npt.NDArray[np.generic]]:
         """By the token loop in float64."""
-        return make_goldens(self.model)
+        return make_goldens(self.model, watch=watch)
 
 
 def _width_of_answers(model: LibraryModel) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from titans_export.importers.titans_pytorch.reference import Loop, loop
 from titans_export.importers.titans_pytorch.transformer import TransformerModel
 
 Arrays = dict[str, npt.NDArray[np.generic]]
+Watch = Callable[[int], object]
 
 _LONGEST_BATCH = 256  # tokens between two moves of what gradients are taken at, if a golden is to see one
 
@@ -37,8 +39,13 @@ class _Case:
     before: tuple[int, ...] = ()
 
 
-def make_goldens(model: LibraryModel, seed: int = 0) -> Arrays:
+def make_goldens(model: LibraryModel, seed: int = 0, watch: Watch = lambda _: None) -> Arrays:
     """Run the token loop on a few streams, cut at several places, editing off, on and mixed.
+
+    Args:
+        model: in any dtype; the loop's own copy is in float64.
+        seed: of the streams.
+        watch: is told how many more tokens have been seen.
 
     Returns:
         Tensors named ``<case>.<graph>.<call>.<input|output>.<tensor>``; a bundle may lack a gradient.
@@ -47,12 +54,12 @@ def make_goldens(model: LibraryModel, seed: int = 0) -> Arrays:
     generator = torch.Generator().manual_seed(seed)
     arrays: Arrays = {}
     for case in _cases(model, generator):
-        arrays |= _run(reference, case, generator)
+        arrays |= _run(reference, case, generator, watch)
     if associates(model):
-        arrays |= _run_association(reference, generator)
+        arrays |= _run_association(reference, generator, watch)
     if isinstance(reference, TransformerModel) and reference.memories:
         for name, tokens in (("short", max(model.tile // 2, 1)), ("long", model.tile + 1)):
-            arrays |= _run_prediction(reference, name, tokens, generator)
+            arrays |= _run_prediction(reference, name, tokens, generator, watch)
     return arrays
 
 
@@ -62,28 +69,29 @@ def associates(model: LibraryModel) -> bool:
     return bool(memories) and not any(one.options.store_with_lookahead_value for one in memories)
 
 
-def _run_association(model: LibraryModel, generator: torch.Generator) -> Arrays:
+def _run_association(model: LibraryModel, generator: torch.Generator, watch: Watch) -> Arrays:
     """What ``gradient.association`` must give, on rows in the middle of their chunks."""
     edit = torch.rand(2, model.edit_layers, generator=generator)
     rows = [loop(model, strength) for strength in edit.double()]
     for row, tokens in zip(rows, (model.tile // 2 + 1, model.tile + 1), strict=True):
-        _see(row, _sequence(model, 1, tokens, generator)[0])
+        _see(row, _sequence(model, 1, tokens, generator)[0], watch)
     prefix = "association.gradient.association.0"
     arrays = _named(f"{prefix}.input.past.", _state(rows))
     sequence = _sequence(model, len(rows), model.tile + 1, generator)
     name = "input_ids" if isinstance(model, TransformerModel) else "inputs"
     arrays |= {f"{prefix}.input.{name}": sequence.numpy(), f"{prefix}.input.edit": edit.numpy()}
-    found = [_association(row, own) for row, own in zip(rows, sequence, strict=True)]
+    found = [_association(row, own, watch) for row, own in zip(rows, sequence, strict=True)]
     return arrays | _named(
         f"{prefix}.output.", {key: torch.stack([one[key] for one in found]) for key in found[0]}
     )
 
 
-def _association(row: Loop, sequence: Tensor) -> dict[str, Tensor]:
+def _association(row: Loop, sequence: Tensor, watch: Watch) -> dict[str, Tensor]:
     before = {prefix: [w.clone() for w in memory.memory] for prefix, memory in row.memories.items()}
     stored: dict[str, list[Tensor]] = {prefix: [] for prefix in before}
     for token in _doubled(sequence):
         row.see(token)
+        watch(1)
         for prefix, memory in row.memories.items():
             stored[prefix].append(memory.last)
     found: dict[str, Tensor] = {}
@@ -96,7 +104,9 @@ def _association(row: Loop, sequence: Tensor) -> dict[str, Tensor]:
     return {"loss": torch.stack(losses).sum()} | found
 
 
-def _run_prediction(model: TransformerModel, case: str, tokens: int, generator: torch.Generator) -> Arrays:
+def _run_prediction(
+    model: TransformerModel, case: str, tokens: int, generator: torch.Generator, watch: Watch
+) -> Arrays:
     """What ``gradient.prediction`` must give, on rows in the middle of their segments.
 
     The token loop's memories are not made to be differentiated by, so this is autograd's gradient of the
@@ -105,7 +115,7 @@ def _run_prediction(model: TransformerModel, case: str, tokens: int, generator: 
     edit = torch.rand(2, model.edit_layers, generator=generator)
     rows = [loop(model, strength) for strength in edit.double()]
     for row, seen in zip(rows, (model.tile // 2 + 1, model.tile + 1), strict=True):
-        _see(row, _sequence(model, 1, seen, generator)[0])
+        _see(row, _sequence(model, 1, seen, generator)[0], watch)
     past = _state(rows)
     ids, targets = (_sequence(model, len(rows), tokens, generator) for _ in range(2))
     targets[0, 0] = -1
@@ -148,12 +158,12 @@ def _cases(model: LibraryModel, generator: torch.Generator) -> list[_Case]:
     ]
 
 
-def _run(model: LibraryModel, case: _Case, generator: torch.Generator) -> Arrays:
+def _run(model: LibraryModel, case: _Case, generator: torch.Generator, watch: Watch) -> Arrays:
     rows = [loop(model, edit) for edit in case.edit.double()]
     arrays: Arrays = {}
     if case.before:
         for row, tokens in zip(rows, case.before, strict=True):
-            _see(row, _sequence(model, 1, tokens, generator)[0])
+            _see(row, _sequence(model, 1, tokens, generator)[0], watch)
         arrays |= _named(f"{case.name}.model.0.input.past.", _state(rows))
     name = "input_ids" if isinstance(model, TransformerModel) else "inputs"
     scores = "logits" if isinstance(model, TransformerModel) else "outputs"
@@ -162,13 +172,17 @@ def _run(model: LibraryModel, case: _Case, generator: torch.Generator) -> Arrays
         sequence = _sequence(model, len(rows), length, generator)
         arrays[f"{prefix}.input.{name}"] = sequence.numpy()
         arrays[f"{prefix}.input.edit"] = case.edit.numpy()
-        answers = [_see(row, own) for row, own in zip(rows, sequence, strict=True)]
+        answers = [_see(row, own, watch) for row, own in zip(rows, sequence, strict=True)]
         arrays[f"{prefix}.output.{scores}"] = torch.stack(answers).float().numpy()
     return arrays | _named(f"{prefix}.output.present.", _state(rows))
 
 
-def _see(row: Loop, sequence: Tensor) -> Tensor:
-    return torch.stack([row.see(token) for token in _doubled(sequence)])
+def _see(row: Loop, sequence: Tensor, watch: Watch) -> Tensor:
+    answers = []
+    for token in _doubled(sequence):
+        answers.append(row.see(token))
+        watch(1)
+    return torch.stack(answers)
 
 
 def _doubled(sequence: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Imported models token by token: slow, obvious, one row at a time. What goldens and tests come from.
 
 Nothing here knows chunks of a tile, masks or explicit gradients: a chunk's gradient is autograd's, of the
-loss as it is stated; attention looks at a list of all tokens and asks of each whether it is within sight.
+loss as it is stated; a token attends to the tokens within its sight, each turned by its place in the stream.
 """
 
 from __future__ import annotations
@@ -164,31 +164,29 @@ class AttentionLoop:
         """Nothing seen yet."""
         self.own, self.options = attention, attention.options
         self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
+        # Of the token i in row i, (h, D) each; twice as many rows whenever they are full.
+        self.turned = torch.zeros(1, self.options.heads, self.options.dim_head, dtype=dtype)
+        self.values = torch.zeros_like(self.turned)
         self.dtype = dtype
 
     def see(self, x: Tensor, first_values: Tensor | None) -> tuple[Tensor, Tensor]:
         """``x (dim,)`` → what is attended to, and the token's own values ``(h, D)``."""
         own, options = self.own, self.options
         query, key, value, plain = (t[0, :, 0] for t in own.project(x[None, None], _row(first_values)))
+        now = len(self.keys)
+        if now == len(self.turned):
+            self.turned = torch.cat([self.turned, torch.zeros_like(self.turned)])
+            self.values = torch.cat([self.values, torch.zeros_like(self.values)])
         self.keys.append(key)
-        self.values.append(value)
-        now = len(self.keys) - 1
-        scores, sources = [], []
-        for index, place in enumerate(range(now + 1)):
-            if options.sliding_window_attn:
-                seen = now - index <= options.window
-            else:
-                seen = now // options.window == index // options.window
-            if seen:
-                turned = self._turn(self.keys[index], place)
-                scores.append((self._turn(query, now) * turned).sum(-1))
-                sources.append(self.values[index])
-        for persistent in range(options.num_persist_mem_tokens):
-            scores.append((self._turn(query, now) * own.persistent[0][:, persistent]).sum(-1))
-            sources.append(own.persistent[1][:, persistent])
-        weights = torch.softmax(torch.stack(scores) * options.dim_head**-0.5, 0)  # (seen, h)
-        y = (weights[..., None] * torch.stack(sources)).sum(0)
+        self.turned[now], self.values[now] = self._turn(key, now), value
+        if options.sliding_window_attn:
+            first = max(now - options.window, 0)
+        else:
+            first = now // options.window * options.window
+        keys = torch.cat([self.turned[first : now + 1], own.persistent[0].transpose(0, 1)])
+        values = torch.cat([self.values[first : now + 1], own.persistent[1].transpose(0, 1)])
+        scores = (self._turn(query, now) * keys).sum(-1) * options.dim_head**-0.5  # (seen, h)
+        y = (torch.softmax(scores, 0)[..., None] * values).sum(0)
         return own.to_out(y.reshape(-1)), plain
 
     def state(self) -> dict[str, Tensor]:
@@ -196,10 +194,10 @@ class AttentionLoop:
         options = self.options
         shape = (options.heads, options.segment_len, options.dim_head)
         key, value = torch.zeros(shape, dtype=self.dtype), torch.zeros(shape, dtype=self.dtype)
-        for index, (k, v) in enumerate(zip(self.keys, self.values, strict=True)):
+        for index, own in enumerate(self.keys):
             place = index % options.window
             if place < options.segment_len:
-                key[:, place], value[:, place] = self._turn(k, place), v
+                key[:, place], value[:, place] = self._turn(own, place), self.values[index]
         arrays = {"key": key, "value": value}
         if options.sliding_window_attn:
             past = torch.zeros(2, options.heads, options.window, options.dim_head, dtype=self.dtype)
