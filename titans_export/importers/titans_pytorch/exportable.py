@@ -15,9 +15,10 @@ from titans_converters.onnx.sinkhorn import sinkhorn_node
 from titans_converters.onnx.trace import recurrence_node
 from titans_converters.program import Axes, Program, RecurrenceProgram
 from titans_export.exportable import Facts
+from titans_export.goldens import Watch
 from titans_export.importers.titans_pytorch.association import Association
 from titans_export.importers.titans_pytorch.core import StoredCore, Streamed
-from titans_export.importers.titans_pytorch.goldens import Watch, associates, make_goldens
+from titans_export.importers.titans_pytorch.goldens import associates, make_goldens
 from titans_export.importers.titans_pytorch.keys import LibraryModel
 from titans_export.importers.titans_pytorch.neural_memory import NeuralMemoryModel
 from titans_export.importers.titans_pytorch.residual import HyperConnection

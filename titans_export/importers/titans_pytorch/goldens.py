@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,13 +10,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from titans_export.goldens import Watch
 from titans_export.importers.titans_pytorch.core import Streamed
 from titans_export.importers.titans_pytorch.keys import LibraryModel
 from titans_export.importers.titans_pytorch.reference import Loop, loop
 from titans_export.importers.titans_pytorch.transformer import TransformerModel
 
 Arrays = dict[str, npt.NDArray[np.generic]]
-Watch = Callable[[int], object]
 
 _LONGEST_BATCH = 256  # tokens between two moves of what gradients are taken at, if a golden is to see one
 
