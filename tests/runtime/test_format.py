@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,14 @@ def test_what_the_runtime_reads_fits_the_schema(
     except tr.BundleError:
         return
     assert _accepts(manifest_schema(), content)
+
+
+@pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
+def test_a_number_that_json_has_not_is_refused(tiny_bundle: Path, number: float) -> None:
+    content = _manifest(tiny_bundle)
+    content["model"]["architecture"] = [number]
+    with pytest.raises(tr.BundleError, match="a number that is not finite"):
+        tr.bundle.Manifest.from_dict(content)
 
 
 def _keys(place: Any) -> list[Any]:  # noqa: ANN401 - JSON

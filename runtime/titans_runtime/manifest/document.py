@@ -157,7 +157,10 @@ def identity_of(
 
 
 def _check_identity(manifest: Manifest) -> None:
-    identity = identity_of(manifest.model, manifest.graphs, manifest.state, manifest.files)
+    try:
+        identity = identity_of(manifest.model, manifest.graphs, manifest.state, manifest.files)
+    except ValueError:  # a file cannot hold such a number; a program can hand it over
+        raise BundleError("titans.json: model holds a number that is not finite; JSON has none") from None
     if identity != manifest.identity:
         raise BundleError(
             f"titans.json: identity {manifest.identity[:12]}… does not belong to the content "
