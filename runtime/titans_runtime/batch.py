@@ -78,7 +78,7 @@ class Batch:
         with contextlib.ExitStack() as taken:
             locks = {id(session): taken.enter_context(contextlib.ExitStack()) for session in sessions}
             for session in sessions:
-                locks[id(session)].enter_context(session._exclusive())
+                locks[id(session)].enter_context(session._exclusive.held())
             buffers = StateBuffers(self._model.manifest, self._model.initial)
             self._sets = (_stacked(buffers.spare, self._room), _stacked(buffers.spare, self._room))
             self._kept = _stacked(buffers.fixed, self._room)
@@ -113,7 +113,7 @@ class Batch:
         if len(self._sessions) == self._room:
             raise UsageError(f"batch: is full, with {self._room} sessions; let one leave first")
         lock = contextlib.ExitStack()
-        lock.enter_context(session._exclusive())
+        lock.enter_context(session._exclusive.held())
         self._locks[id(session)] = lock
         self._seat(session)
 

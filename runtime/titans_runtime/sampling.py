@@ -52,3 +52,16 @@ class Sampling:
             kept = int(np.searchsorted(probability.cumsum(), self.top_p)) + 1
             order, probability = order[:kept], probability[:kept] / probability[:kept].sum()
         return int(generator.choice(order, p=probability))
+
+
+def seeded(seed: int | None) -> np.random.Generator:
+    """What draws; with a seed, the same again.
+
+    Raises:
+        UsageError: the seed is no integer, or below 0.
+    """
+    if seed is not None:
+        whole: object = seed
+        if not isinstance(whole, int | np.integer) or seed < 0:
+            raise UsageError(f"seed is {seed!r}; it must be an integer, 0 or more")
+    return np.random.default_rng(seed)

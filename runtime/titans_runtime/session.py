@@ -15,18 +15,17 @@ from titans_runtime.buffers import StateBuffers
 from titans_runtime.editing import Editing
 from titans_runtime.editor import Editor
 from titans_runtime.errors import NumericsError, StateError, UsageError
+from titans_runtime.exclusive import Exclusive
 from titans_runtime.forward import SEGMENT, Forward
 from titans_runtime.readout import Keys
 from titans_runtime.report import EditLog, EditReport, Lesson
-from titans_runtime.sampling import Sampling
+from titans_runtime.sampling import Sampling, seeded
 from titans_runtime.snapshot import Snapshot, with_memories_of
 from titans_runtime.state import save_snapshot
 from titans_runtime.tokens import Tokens, checked_input
 
 if TYPE_CHECKING:
     from titans_runtime.model import Model
-
-_IN_USE = "the session is in use by another thread or a batch; give each stream a session of its own"
 
 
 class Session:
@@ -51,7 +50,7 @@ class Session:
         # Without an editor of its own for the readout memory, `observe` leaves the position here whose
         # target is still to come: (next position, arrays).
         self._unfinished: tuple[int, Arrays] | None = None
-        self._user: dict[str, object] = {}  # the call that holds the session; see `_exclusive`
+        self._exclusive = Exclusive()
         self._forward = Forward(model.graph, model.manifest, self._buffers, self._edit)
 
     @property
@@ -96,7 +95,7 @@ class Session:
             UsageError: another thread is using the session.
         """
         ids = checked_input(tokens, self.model.manifest)
-        with self._exclusive(), self._transaction(len(ids)):
+        with self._exclusive.held(), self._transaction(len(ids)):
             return self._advance(ids, teach=True)
 
     def observe(
@@ -119,10 +118,9 @@ class Session:
         """
         ids, chosen = checked_input(tokens, self.model.manifest), self._chosen(editor, "observe")
         _check_watch(watch)
-        report = _report(ids, chosen)
-        with self._exclusive(), self._transaction(len(ids), hands_over=chosen != self.editor):
-            own = self._lend(chosen, ids[0], report)
-            self._pass(own, ids, report, watch)
+        with self._exclusive.held(), self._transaction(len(ids), hands_over=chosen != self.editor):
+            own, report = self._lend(chosen, ids)
+            self._advance(ids, True, report, watch, None if own is self._editing else own)
         return report
 
     def prepare(
@@ -157,14 +155,14 @@ class Session:
             raise UsageError(f"passes is {passes!r}; it must be an integer, 1 or more")
         ids, chosen = checked_input(context, self.model.manifest), self._chosen(editor, "prepare")
         _check_watch(watch)
-        reports = [_report(ids, chosen) for _ in range(passes)]
-        with self._exclusive(), self._transaction(len(ids), hands_over=True):
-            own = self._lend(chosen, ids[0], reports[0])
-            before = self._snapshot()
-            for report in reports[:-1]:
-                self._pass(self._editing, ids, report, watch, ends=True)
+        with self._exclusive.held(), self._transaction(len(ids), hands_over=True):
+            own, report = self._lend(chosen, ids)
+            before, reports = self._snapshot(), [report]
+            for _ in range(passes - 1):
+                self._advance(ids, True, reports[-1], watch, back_to=self._editing)
                 self._restore(with_memories_of(before, self._snapshot(), self.model.manifest))
-            self._pass(own, ids, reports[-1], watch, ends=True)
+                reports.append(self._report(ids))
+            self._advance(ids, True, reports[-1], watch, back_to=own)
         return reports
 
     def generate(
@@ -198,13 +196,12 @@ class Session:
             raise UsageError(f"max_new_tokens is {max_new_tokens!r}; it must be an integer, 0 or more")
         if not self.model.vocab_size:
             raise UsageError("generate: the model takes vectors; it has no tokens to draw")
-        _check_seed(seed)
-        sampling = Sampling(temperature, top_k, top_p)
+        sampling, generator = Sampling(temperature, top_k, top_p), seeded(seed)
         if prompt is not None:
             self.append(prompt)
         if self._last_logits is None:
             raise UsageError("generate: the session has seen no token yet; give a prompt")
-        return self._generate(max_new_tokens, sampling, np.random.default_rng(seed), learn)
+        return self._generate(max_new_tokens, sampling, generator, learn)
 
     @property
     def last_logits(self) -> Array | None:
@@ -213,7 +210,7 @@ class Session:
 
     def snapshot(self) -> Snapshot:
         """A copy of the whole state."""
-        with self._exclusive():
+        with self._exclusive.held():
             return self._snapshot()
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -227,7 +224,7 @@ class Session:
         """
         if not isinstance(snapshot, Snapshot):
             raise UsageError(f"restore: {snapshot!r} is no snapshot; give what session.snapshot() returned")
-        with self._exclusive(), self._transaction(0, hands_over=True):
+        with self._exclusive.held(), self._transaction(0, hands_over=True):
             if snapshot.bundle != self.model.manifest.identity:
                 raise StateError(
                     f"snapshot of bundle {snapshot.bundle[:12]}…, session of "
@@ -253,43 +250,36 @@ class Session:
 
     # --- one call, inside the lock and the transaction
 
-    def _advance(self, ids: Array, teach: bool) -> Array:
-        """See tokens; returns their logits."""
-        report, began = self._report(ids), self.position
+    def _advance(
+        self,
+        ids: Array,
+        teach: bool,
+        report: EditReport | None = None,
+        watch: Callable[[int], object] | None = None,
+        back_to: Editing | None = None,
+    ) -> Array:
+        """See tokens, and learn from them.
+
+        Args:
+            ids: the tokens.
+            teach: whether they are to be learnt from.
+            report: receives what is learnt; default is one of the session's own editor.
+            watch: told of the parts.
+            back_to: ends the last period with the call, and lets this editing go on.
+
+        Returns:
+            Their logits.
+        """
+        report, began = report or self._report(ids), self.position
         logits = np.empty((len(ids), self.model.manifest.width), np.float32)
-        self._run_segments(ids, logits, teach, report)
+        self._run_segments(ids, logits, teach, report, watch)
+        if back_to is not None:
+            self._take_back(back_to, report)
         self._conclude(logits, began, report)
         return logits
 
-    def _pass(
-        self,
-        own: Editing,
-        ids: Array,
-        report: EditReport,
-        watch: Callable[[int], object] | None,
-        ends: bool = False,
-    ) -> None:
-        """See tokens and learn from them; then ``own`` goes on.
-
-        Args:
-            own: the editing at hand, or that which has lent the session to it.
-            ids: the tokens.
-            report: receives what is learnt.
-            watch: told of the parts.
-            ends: whether the last period ends here, even if ``own`` itself goes on.
-        """
-        began = self.position
-        logits = np.empty((len(ids), self.model.manifest.width), np.float32)
-        self._run_segments(ids, logits, True, report, watch)
-        if ends or own is not self._editing:
-            self._take_back(own, report)
-        self._conclude(logits, began, report, edited=True)
-
-    def _conclude(self, logits: Array, began: int, report: EditReport, edited: bool = False) -> None:
-        """Check what a call has scored and remembered from position ``began`` on, and note it.
-
-        ``edited``: whether there was an editor, if the session has none of its own.
-        """
+    def _conclude(self, logits: Array, began: int, report: EditReport) -> None:
+        """Check what a call has scored and remembered from position ``began`` on, and note it."""
         broken = self._buffers.fault()
         if not np.isfinite(logits).all():
             bad = int(np.argmin(np.isfinite(logits).all(axis=1)))
@@ -304,15 +294,14 @@ class Session:
                 "the session is as it was before the call"
             )
         self._last_logits = logits[-1].copy()
-        edited = edited or bool(self._editing)
-        self.last_edit = report if edited else None
-        if self._log is not None and edited:
+        self.last_edit = report if report.objective else None
+        if self._log is not None:
             self._logged += report.lessons
             self._log.add(report)
 
     def _report(self, ids: Array) -> EditReport:
-        """For what the session's own editor learns from a call's tokens."""
-        return _report(ids, self.editor)
+        """For what is learnt from a call's tokens by the editor at hand."""
+        return EditReport(tokens=len(ids), objective=self.editor.objective if self.editor else "")
 
     def _most(self, tokens: int) -> int:
         """Tokens, of ``tokens``, that the model may run on at once."""
@@ -362,7 +351,7 @@ class Session:
         self, count: int, sampling: Sampling, generator: np.random.Generator, learn: bool
     ) -> Iterator[int]:
         for _ in range(count):
-            with self._exclusive(), self._transaction(1):
+            with self._exclusive.held(), self._transaction(1):
                 assert self._last_logits is not None
                 token = sampling.draw(self._last_logits, generator)
                 self._advance(np.array([token], np.int64), teach=learn)
@@ -379,20 +368,24 @@ class Session:
             raise UsageError(f"{call}: the session has no editor; give one, as in {call}(tokens, Editor())")
         return self.editor if editor is None else editor
 
-    def _lend(self, editor: Editor | None, token: Array, report: EditReport) -> Editing:
-        """Let ``editor`` edit the call that begins with ``token``; returns the session's own editing.
+    def _lend(self, editor: Editor | None, ids: Array) -> tuple[Editing, EditReport]:
+        """Let ``editor`` edit the call that sees ``ids``.
 
         A period ends early where one editor hands over to another.
+
+        Returns:
+            The session's own editing, and the call's report, with what that has learnt to hand over.
         """
         own = self._editing
         if editor == own.editor:
-            return own
-        other = self._open_editor(editor)
-        own.hand_over(token, self.position, report)
-        if other.readout and (left := self._left_for_observe()):
+            return own, self._report(ids)
+        left = self._left_for_observe()
+        self._editing = other = self._open_editor(editor)
+        report = self._report(ids)
+        own.hand_over(ids[0], self.position, report)
+        if other.readout and left:
             other.readout.restore(left)
-        self._editing = other
-        return own
+        return own, report
 
     def _take_back(self, own: Editing, report: EditReport) -> None:
         """End the last period; what is to come is ``own``'s.
@@ -436,19 +429,6 @@ class Session:
         self._unfinished = (snapshot.position, left) if left and not self._editing.readout else None
 
     @contextlib.contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        # No lock: Ctrl-C between its `acquire` and whatever notes it would leave the session taken for
-        # good. Here `finally` sees whose it is, and calls nothing that Ctrl-C could interrupt.
-        call, user = object(), self._user
-        try:
-            if user.setdefault("call", call) is not call:
-                raise UsageError(_IN_USE)
-            yield
-        finally:
-            if "call" in user and user["call"] is call:
-                del user["call"]
-
-    @contextlib.contextmanager
     def _transaction(self, tokens: int, hands_over: bool = False, runs: int | None = None) -> Iterator[None]:
         """Undo a call that does not reach its end, Ctrl-C included.
 
@@ -483,12 +463,3 @@ class Session:
 def _check_watch(watch: object) -> None:
     if watch is not None and not callable(watch):
         raise UsageError(f"watch is {watch!r}; give a function of the number of tokens seen, or None")
-
-
-def _check_seed(seed: object) -> None:
-    if seed is not None and not (isinstance(seed, int | np.integer) and seed >= 0):
-        raise UsageError(f"seed is {seed!r}; it must be an integer, 0 or more")
-
-
-def _report(ids: Array, editor: Editor | None) -> EditReport:
-    return EditReport(tokens=len(ids), objective=editor.objective if editor else "")

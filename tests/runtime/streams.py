@@ -175,3 +175,12 @@ def check_rollback(model: Model, editor: Editor, text: bytes, sizes: Iterable[fl
         assert all(np.array_equal(states[name], expected[name]) for name in expected)
         telling += 0 < kept < editor.steps and losses[kept + 1] < losses[0]
     assert telling
+
+
+CODE = b"def f(x):\n    return [y * y for y in x if y % 2]\n" * 2
+"""A text that repeats itself."""
+
+
+def edited_session(model: Model, editor: str, edit: float = 0.0) -> Session:
+    """A session with the editor that a text describes."""
+    return model.session(edit=edit, editor=Editor.parse(editor))

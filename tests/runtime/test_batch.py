@@ -189,7 +189,7 @@ def test_who_may_join_and_leave(model: tr.Model, tiny_bundle: str) -> None:
         with pytest.raises(tr.UsageError, match="does not hold"):
             batch.leave(second)
         batch.leave(first)
-        with second._exclusive(), pytest.raises(tr.UsageError, match="in use"):
+        with second._exclusive.held(), pytest.raises(tr.UsageError, match="in use"):
             batch.join(second)
         with pytest.raises(tr.UsageError, match="another model"):
             batch.join(tr.load(tiny_bundle, threads=1).session())
@@ -219,7 +219,7 @@ def test_its_sessions_belong_to_the_batch(model: tr.Model) -> None:
 
 def test_a_session_of_another_thread_is_refused_and_the_others_stay_free(model: tr.Model) -> None:
     session, other = model.session(), model.session()
-    with session._exclusive():
+    with session._exclusive.held():
         caught: list[BaseException] = []
 
         def take() -> None:

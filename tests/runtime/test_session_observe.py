@@ -114,7 +114,7 @@ def _no_session_is_left_locked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
     monkeypatch.setattr(tr.Session, "__init__", remember)
     yield
-    assert not any(session._user for session in made)
+    assert not any(session._exclusive.is_held for session in made)
 
 
 def test_lessons_of_one_token_teach_what_one_lesson_does(model: tr.Model) -> None:

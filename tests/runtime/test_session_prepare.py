@@ -8,12 +8,11 @@ import threading
 import pytest
 
 import titans_runtime as tr
-from tests.runtime.streams import LONG, assert_same_snapshot
+from tests.runtime.streams import CODE, LONG, assert_same_snapshot
 from titans_runtime import memories, readout
 from titans_runtime.editor import Editor
 from titans_runtime.forward import SEGMENT
 
-TEXT = b"def f(x):\n    return [y * y for y in x if y % 2]\n" * 2
 EDITORS = [
     "prediction:step=0.02,chunk=16",
     "prediction:optimizer=adam,step=0.01,chunk=16",
@@ -32,12 +31,12 @@ def _session(model: tr.Model, editor: str | None) -> tr.Session:
 def test_every_pass_begins_with_what_the_last_one_learnt(model: tr.Model, editor: str) -> None:
     session = _session(model, editor)
     session.append(b"so: ")
-    reports = session.prepare(TEXT, passes=3)
+    reports = session.prepare(CODE, passes=3)
     losses = [report.loss for report in reports]
     assert losses[0] > losses[1] > losses[2]
-    assert session.position == 4 + len(TEXT)
+    assert session.position == 4 + len(CODE)
     with pytest.raises(tr.UsageError, match="passes is 0"):
-        session.prepare(TEXT, passes=0)
+        session.prepare(CODE, passes=0)
 
 
 @pytest.mark.parametrize("editor", ["prediction:step=0.02,chunk=128", "readout:chunk=128", EDITORS[3]])
@@ -45,11 +44,11 @@ def test_every_pass_begins_with_what_the_last_one_learnt(model: tr.Model, editor
 def test_every_pass_learns_the_whole_context(model: tr.Model, editor: str, is_own: bool) -> None:
     """Also one that is shorter than a period."""
     session = _session(model, editor if is_own else None)
-    reports = session.prepare(TEXT, 3, None if is_own else tr.Editor.parse(editor))
+    reports = session.prepare(CODE, 3, None if is_own else tr.Editor.parse(editor))
     for report in reports:
         for objective in {lesson.objective for lesson in report.lessons}:
             learnt = [lesson.learnt for lesson in report.lessons if lesson.objective == objective]
-            assert sum(learnt) == len(TEXT) - 1
+            assert sum(learnt) == len(CODE) - 1
     assert session.log is not None
     assert list(session.log) == [lesson for report in reports for lesson in report.lessons]
     assert session.last_edit is reports[-1]
@@ -59,8 +58,8 @@ def test_every_pass_learns_the_whole_context(model: tr.Model, editor: str, is_ow
 def test_an_editor_for_these_passes_learns_what_the_session_s_own_would(model: tr.Model, editor: str) -> None:
     """The optimizer's sums go from pass to pass, too."""
     own, other = _session(model, editor), _session(model, None)
-    losses = [report.loss for report in own.prepare(TEXT, 3)]
-    assert [report.loss for report in other.prepare(TEXT, 3, tr.Editor.parse(editor))] == losses
+    losses = [report.loss for report in own.prepare(CODE, 3)]
+    assert [report.loss for report in other.prepare(CODE, 3, tr.Editor.parse(editor))] == losses
     assert other.editor is None
 
 
@@ -86,7 +85,7 @@ def test_a_preparation_that_fails_is_undone(model: tr.Model, monkeypatch: pytest
 
     monkeypatch.setattr(tr.Session, "_run_segments", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        session.prepare(TEXT, passes=3)
+        session.prepare(CODE, passes=3)
     assert_same_snapshot(session.snapshot(), mark)
     assert session.log is not None
     assert not len(session.log)
@@ -108,9 +107,9 @@ def test_no_other_thread_comes_between_two_passes(model: tr.Model, monkeypatch: 
         thread.join()
 
     monkeypatch.setattr(tr.Session, "_restore", meanwhile)
-    session.prepare(TEXT, passes=3)
+    session.prepare(CODE, passes=3)
     assert len(refused) == 2
-    assert session.position == len(TEXT)
+    assert session.position == len(CODE)
 
 
 @pytest.mark.parametrize("editor", ["prediction:step=0.01,chunk=8,budget=22", "readout:chunk=8,budget=22"])
@@ -119,7 +118,7 @@ def test_a_budget_is_of_all_passes(model: tr.Model, editor: str, monkeypatch: py
     session, looks = _session(model, editor), itertools.count()
     for module in (memories, readout):
         monkeypatch.setattr(module.time, "perf_counter", lambda: 0.005 * next(looks))
-    reports = session.prepare(TEXT, passes=3)
+    reports = session.prepare(CODE, passes=3)
     updates = [report.updates for report in reports]
     assert 0 < updates[0] < len(reports[0].lessons)
     assert updates[1:] == [0, 0]
@@ -131,7 +130,7 @@ def test_each_of_two_editors_has_a_budget_of_its_own(
     looks = itertools.count()
     session = _session(model, "readout:chunk=8,budget=1000+prediction:step=0.01,chunk=8,budget=12")
     monkeypatch.setattr(memories.time, "perf_counter", lambda: 0.005 * next(looks))
-    report = session.observe(TEXT)
+    report = session.observe(CODE)
     refused = {lesson.objective for lesson in report.lessons if lesson.refused}
     assert refused == {"prediction"}
 

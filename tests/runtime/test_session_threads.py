@@ -78,19 +78,3 @@ def test_sessions_of_one_model_work_in_threads_of_their_own(model: tr.Model) -> 
         thread.join()
     for i, text in enumerate(texts):
         assert np.array_equal(results[i], model.session().append(text))
-
-
-class _InterruptedAfterTaking(dict[str, object]):
-    """Ctrl-C between taking the session and whatever comes next."""
-
-    def setdefault(self, key: str, value: object = None, /) -> object:
-        super().setdefault(key, value)
-        raise KeyboardInterrupt
-
-
-def test_ctrl_c_while_a_session_is_taken_does_not_leave_it_taken(model: tr.Model) -> None:
-    session = model.session()
-    session._user = _InterruptedAfterTaking()
-    with pytest.raises(KeyboardInterrupt):
-        session.append(b"abc")
-    assert not session._user
