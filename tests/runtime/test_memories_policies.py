@@ -10,7 +10,7 @@ import pytest
 
 import titans_runtime as tr
 from tests.runtime.streams import CODE, assert_same_snapshot, check_rollback, edited_session, relative_error
-from titans_runtime.backends import Array
+from titans_runtime.backends import Array, Graph
 from titans_runtime.memories import MemoriesEditor
 from titans_runtime.optimizers import OPTIMIZERS, Step
 
@@ -118,6 +118,36 @@ def test_time_that_is_spent_ends_the_lessons(model: tr.Model, monkeypatch: pytes
     learnt = refused.count("")
     assert 1 <= learnt < len(refused)
     assert refused == [""] * learnt + ["time budget spent"] * (len(refused) - learnt)
+
+
+@pytest.mark.parametrize("editor", ["prediction:chunk=8,step=0.01,budget=12", "readout:chunk=8,budget=12"])
+def test_every_call_has_the_whole_budget(
+    model: tr.Model, editor: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks, session, updates = itertools.count(), edited_session(model, editor), []
+    for module in ("memories", "readout"):
+        monkeypatch.setattr(f"titans_runtime.{module}.time.perf_counter", lambda: 0.005 * next(ticks))
+    for _ in range(3):
+        session.append(CODE)
+        assert session.last_edit is not None
+        assert session.last_edit.refusals
+        updates.append(session.last_edit.updates)
+    assert updates[0] == updates[1] == updates[2] > 0
+
+
+@pytest.mark.parametrize("budget", [0, 12])
+def test_the_graph_is_loaded_before_a_budget_runs(
+    model: tr.Model, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, graph = [], model.backend.graph
+
+    def watched(name: str) -> Graph:
+        loaded.append(name)
+        return graph(name)
+
+    monkeypatch.setattr(model.backend, "graph", watched)
+    edited_session(model, f"prediction:chunk=8,budget={budget}")
+    assert ("gradient.prediction" in loaded) == bool(budget)
 
 
 def test_a_step_that_does_harm_is_taken_back(model: tr.Model) -> None:

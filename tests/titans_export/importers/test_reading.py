@@ -194,12 +194,13 @@ def _cut(size: int) -> bytes:
     [
         (_scripted, "a TorchScript archive"),
         (lambda: bytes(100_000), "of PyTorch's old .tar format, or damaged"),
+        (lambda: b"not a checkpoint", "damaged, or it holds more than tensors"),
         (lambda: b"", "damaged or truncated"),
         (lambda: b"PK\x03\x04broken", "damaged or truncated"),
         (lambda: _cut(10), "damaged or truncated"),
         (lambda: _cut(-10), "damaged or truncated"),
     ],
-    ids=["TorchScript", "zeros", "empty", "a zip", "its beginning", "without its end"],
+    ids=["TorchScript", "zeros", "a text", "empty", "a zip", "its beginning", "without its end"],
 )
 def test_no_file_of_tensors_is_named_as_what_it_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: Callable[[], bytes], reason: str
