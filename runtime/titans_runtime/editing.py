@@ -54,10 +54,6 @@ class Editing:
             else:
                 self.readout = ReadoutEditor(part, backend, buffers)
 
-    def __bool__(self) -> bool:
-        """Whether anything is edited."""
-        return self.editor is not None
-
     def begin(self) -> None:
         """A call begins: each editor has its whole budget."""
         for one in (self.readout, self.memories):
