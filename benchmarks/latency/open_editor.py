@@ -36,6 +36,7 @@ from titans_export.training.checkpoint import load_checkpoint
 from titans_runtime.bench.machine import describe, own_versions
 from titans_runtime.memories import MemoriesEditor
 from titans_runtime.progress import progress_bar
+from titans_runtime.report import Lesson
 
 STEP = 0.01
 READOUT_CHUNK = 8
@@ -111,25 +112,28 @@ def sides(model: TitansModel, exported: tr.Model, tokens: int) -> dict[str, Side
     def their_gradient() -> dict[str, torch.Tensor]:
         return prediction(model, *batch, edit, state)
 
-    expected = their_gradient()
-    for name, array in our_gradient().items():
-        if name.startswith("grad."):
-            error = np.abs(array - expected[name].numpy()).max() / expected[name].abs().max().item()
-            if error > 1e-4:
-                raise SystemExit(f"{name} differs by {error:.1e}: nothing to time")
+    def our_lesson() -> dict[str, np.ndarray]:
+        editor._take_steps(Lesson("prediction", 0, tokens, learnt=tokens), ids, targets, 0.0)  # noqa: SLF001
+        return session._buffers.present  # noqa: SLF001
 
-    def our_lesson() -> None:
-        found = our_gradient()
-        after, _, _ = editor._step(values, found)  # noqa: SLF001
-        editor._write(after, ids)  # noqa: SLF001
-
-    def their_lesson() -> None:
+    def their_lesson() -> dict[str, torch.Tensor]:
         found = their_gradient()
         with torch.no_grad():
             edited = {name: state[name] - STEP * found[f"grad.{name}"] for name in names}
-            model(batch[0], edit, state | edited)
+            return model(batch[0], edit, state | edited).state
 
+    expected, after = their_gradient(), their_lesson()
+    _compare({name: array for name, array in our_gradient().items() if name.startswith("grad.")}, expected)
+    _compare({name: array for name, array in our_lesson().items() if name in names}, after)
     return {GRADIENT: (our_gradient, their_gradient), LESSON: (our_lesson, their_lesson)}
+
+
+def _compare(ours: dict[str, np.ndarray], theirs: dict[str, torch.Tensor]) -> None:
+    """Stop where the two sides do not do the same."""
+    for name, array in ours.items():
+        error = np.abs(array - theirs[name].numpy()).max() / theirs[name].abs().max().item()
+        if not error < 1e-4:
+            raise SystemExit(f"{name} differs by {error:.1e}: nothing to time")
 
 
 def timed(pairs: dict[str, Side], rounds: int) -> list[Row]:
