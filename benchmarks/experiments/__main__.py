@@ -10,12 +10,16 @@ table and the plot of what is finished, and says what is missing.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import multiprocessing
+import os
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,6 +32,7 @@ from benchmarks.experiments.tasks.task import Task
 from benchmarks.experiments.train import CHECKPOINT, Recipe, Training
 from titans_runtime.errors import TitansError, UsageError
 from titans_runtime.files import write_atomically
+from titans_runtime.progress import progress_counter
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "experiments"
@@ -66,7 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--steps", type=int, default=None, help="of training; default is the task's own number"
     )
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="of each training")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, each in a process")
     parser.add_argument("--table", action="store_true", help="only write what was measured")
     parser.add_argument("--out", type=Path, default=WORK, help="folder of the trainings")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
@@ -75,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     """Train and ask what has no results yet, then write the table and the plot."""
-    for name in ("steps", "threads"):
+    for name in ("steps", "threads", "jobs"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UsageError(f"--{name} {getattr(args, name)}: must be 1 or more")
     torch.set_num_threads(args.threads)
@@ -86,10 +92,17 @@ def run(args: argparse.Namespace) -> None:
         path, command = args.results / f"{args.task}-{args.steps}.json", f"{command} --steps {args.steps}"
     if not args.table:
         args.results.mkdir(parents=True, exist_ok=True)
-        for seed in args.seeds:  # a whole table with one seed comes first
-            for task in tasks:
-                for contestant in args.contestants or entrants(task.name):
-                    _finish(path, task, contestant, seed, steps[task.name], args.out)
+        wanted = [
+            _Wanted(task, contestant, seed, steps[task.name], args.out)
+            for seed in args.seeds  # a whole table with one seed comes first
+            for task in tasks
+            for contestant in args.contestants or entrants(task.name)
+        ]
+        missing = [one for one in wanted if not one.done(_read(path))]
+        with contextlib.closing(_rows(missing, args.jobs, args.threads)) as found:
+            for own in found:
+                rows = _read(path) + own  # others may have been finished by another process
+                write_atomically(path, (json.dumps(rows, indent=1) + "\n").encode())
     rows = [row for row in _read(path) if row["steps"] == steps[row["task"]]]
     if not rows:
         raise UsageError(f"{path}: no results after so many steps; run without --table")
@@ -99,14 +112,45 @@ def run(args: argparse.Namespace) -> None:
     print(content)
 
 
-def _finish(path: Path, task: Task, contestant: str, seed: int, steps: int, work: Path) -> None:
-    """Add the rows of one training to the results, unless they are there."""
-    wanted = {"task": task.name, "contestant": contestant, "seed": seed, "steps": steps}
-    if any(all(row[name] == value for name, value in wanted.items()) for row in _read(path)):
+class _Wanted(NamedTuple):
+    """A training whose rows are asked for, and the folder of trainings."""
+
+    task: Task
+    contestant: str
+    seed: int
+    steps: int
+    work: Path
+
+    def done(self, rows: report.Rows) -> bool:
+        """Whether its rows are there."""
+        own = {"task": self.task.name, "contestant": self.contestant, "seed": self.seed, "steps": self.steps}
+        return any(all(row[name] == value for name, value in own.items()) for row in rows)
+
+
+def _rows(wanted: Sequence[_Wanted], jobs: int, threads: int) -> Iterator[report.Rows]:
+    """The rows of every training as it is finished; with ``jobs`` above 1 that many go on side by side."""
+    if jobs == 1:
+        yield from (measured(*one) for one in wanted)
         return
-    own = measured(task, contestant, seed, steps, work)
-    rows = _read(path) + own  # others may have been finished by another process
-    write_atomically(path, (json.dumps(rows, indent=1) + "\n").encode())
+    # Where this ends early, the pool is ended with it: trainings are kept every hundred steps.
+    with (
+        multiprocessing.get_context("spawn").Pool(jobs, _begin, (threads,)) as pool,
+        progress_counter(len(wanted), "trainings", "training") as advance,
+    ):
+        for own in pool.imap_unordered(_measured, wanted):
+            advance(1)
+            yield own
+
+
+def _begin(threads: int) -> None:
+    """A process of its own: it leaves Ctrl-C to the one that began it, and the terminal to one bar."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TQDM_DISABLE"] = "1"
+    torch.set_num_threads(threads)
+
+
+def _measured(wanted: _Wanted) -> report.Rows:
+    return measured(*wanted)
 
 
 def document(

@@ -99,6 +99,22 @@ def test_long_examples_are_not_edited_by_prediction() -> None:
     assert Way("fused", (1.0, 0.0)).setting == "λ = (1, 0)"
 
 
+def test_trainings_side_by_side_find_what_they_find_in_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(EXPERIMENTS, "mqar", (small(),))
+    found = []
+    for jobs in ("1", "2"):
+        arguments = ["experiments", "mqar", "--seeds", "0", "1", "--steps", "2", "--jobs", jobs]
+        arguments += ["--out", str(tmp_path / jobs), "--results", str(tmp_path / f"results-{jobs}")]
+        monkeypatch.setattr("sys.argv", [*arguments, "--contestants", "lstm"])
+        assert command.main() == 0
+        rows = json.loads((tmp_path / f"results-{jobs}" / "mqar-2.json").read_text())
+        found.append(sorted(rows, key=lambda row: row["seed"]))
+    assert [row["seed"] for row in found[0]] == [0, 1]
+    assert found[0] == found[1]
+
+
 def test_one_command_trains_asks_and_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
