@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks.experiments import __main__ as command
-from benchmarks.experiments import evaluate
+from benchmarks.experiments import evaluate, trainings
 from benchmarks.experiments.contestants import CONTESTANTS
 from benchmarks.experiments.evaluate import Way, answers, scored
 from benchmarks.experiments.report import table
@@ -102,17 +104,19 @@ def test_long_examples_are_not_edited_by_prediction() -> None:
 def test_trainings_side_by_side_find_what_they_find_in_turn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(EXPERIMENTS, "mqar", (small(),))
-    found = []
-    for jobs in ("1", "2"):
-        arguments = ["experiments", "mqar", "--seeds", "0", "1", "--steps", "2", "--jobs", jobs]
-        arguments += ["--out", str(tmp_path / jobs), "--results", str(tmp_path / f"results-{jobs}")]
-        monkeypatch.setattr("sys.argv", [*arguments, "--contestants", "lstm"])
-        assert command.main() == 0
-        rows = json.loads((tmp_path / f"results-{jobs}" / "mqar-2.json").read_text())
-        found.append(sorted(rows, key=lambda row: row["seed"]))
-    assert [row["seed"] for row in found[0]] == [0, 1]
-    assert found[0] == found[1]
+    """As the command itself: what a process of a pool is given must not lie in the module that is run."""
+    arguments = ["selective", "--seeds", "5", "6", "--contestants", "lstm", "--steps", "1"]
+    both = [sys.executable, "-m", "benchmarks.experiments", *arguments, "--jobs", "2"]
+    root = Path(command.__file__).parents[2]
+    folders = ["--out", str(tmp_path / "out"), "--results", str(tmp_path / "both")]
+    done = subprocess.run([*both, *folders], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    alone = ["--out", str(tmp_path / "alone"), "--results", str(tmp_path / "one")]
+    monkeypatch.setattr("sys.argv", ["experiments", *arguments, *alone])
+    assert command.main() == 0
+    found = [json.loads((tmp_path / name / "selective-1.json").read_text()) for name in ("both", "one")]
+    assert sorted(found[0], key=lambda row: row["seed"]) == found[1]
+    assert [row["seed"] for row in found[1]] == [5, 6]
 
 
 def test_one_command_trains_asks_and_writes(
@@ -143,12 +147,12 @@ def test_one_command_trains_asks_and_writes(
     assert "s4d (seeds 1, 2)" in written
 
     # What has results is not done again.
-    monkeypatch.setattr(command, "measured", pytest.fail)
+    monkeypatch.setattr(trainings, "measured", pytest.fail)
     assert command.main() == 0
 
-    monkeypatch.setattr("sys.argv", [*arguments, "--steps", "0"])
+    monkeypatch.setattr("sys.argv", [*arguments, "--jobs", "0"])
     assert command.main() == 2
-    assert "--steps 0" in capsys.readouterr().err
+    assert "--jobs 0" in capsys.readouterr().err
 
 
 def test_each_number_of_steps_has_files_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +170,7 @@ def test_each_number_of_steps_has_files_of_its_own(tmp_path: Path, monkeypatch: 
 
 
 def test_what_is_not_trained_keeps_its_weights(tmp_path: Path) -> None:
-    rows = command.measured(replace(small(), ways=()), "titans-untrained", 4, 50, tmp_path)
+    rows = trainings.measured(replace(small(), ways=()), "titans-untrained", 4, 50, tmp_path)
     assert [(row["steps"], row["loss"], row["way"]) for row in rows] == [(50, None, "as trained")]
     torch.manual_seed(4)
     drawn = CONTESTANTS["titans-untrained"].build(MQAR.vocab_size)
