@@ -86,9 +86,12 @@ def test_results_and_gradients(recurrence: RecurrenceProgram) -> None:
             for results in (found, expected)
         ]
         gradients = [torch.autograd.grad(loss, leaves) for loss in losses]
-        for mine, reference in zip((*found, *gradients[0]), (*expected, *gradients[1]), strict=True):
-            limit = 1e-4 * max(float(reference.detach().abs().max()), 1e-3)
-            torch.testing.assert_close(mine, reference, rtol=0, atol=limit)
+        # Both sides are in float32. Gradients through these random states reach 1,000, and sums in another
+        # order, as processors have them, were seen to part by 1.4e-4 of the largest.
+        for pairs, share in ((zip(found, expected, strict=True), 1e-4), (zip(*gradients, strict=True), 5e-4)):
+            for mine, reference in pairs:
+                limit = share * max(float(reference.detach().abs().max()), 1e-3)
+                torch.testing.assert_close(mine, reference, rtol=0, atol=limit)
 
 
 @pytest.fixture(scope="module", params=[1, 99], ids=["chunks at once", "chunk by chunk"])
