@@ -143,13 +143,11 @@ def _derivative(
     step: Program, module: nn.Module, names: Sequence[str], constants: Sequence[Tensor]
 ) -> fx.GraphModule:
     """Inputs of a step, constants, gradients with respect to results → those with respect to ``names``."""
-    of_results = {
-        f"grad.{name}": axes for name, axes in step.output_axes.items() if step.dtype(name).is_floating_point
-    }
+    of_results = {name: axes for name, axes in step.output_axes.items() if step.dtype(name).is_floating_point}
     batch = step.inputs[names[0]].size(0)
     gradients = [
-        torch.zeros([batch if isinstance(axis, str) else axis for axis in axes])
-        for axes in of_results.values()
+        torch.zeros([batch if isinstance(axis, str) else axis for axis in axes], dtype=step.dtype(name))
+        for name, axes in of_results.items()
     ]
     places = [list(step.inputs).index(name) for name in names]
     derivative, _ = written_out(
