@@ -22,6 +22,7 @@ class EditingMark:
 
     readout: PendingMark | None
     memories: MemoriesMark | None
+    left: tuple[int, Arrays] | None
 
 
 class Editing:
@@ -44,6 +45,8 @@ class Editing:
         self.editor = editor
         self.readout: ReadoutEditor | None = None
         self.memories: MemoriesEditor | None = None
+        # Where this edits no readout memory: what an editor lent for a call has left to the next one.
+        self._left: tuple[int, Arrays] | None = None
         parts = editor.parts if editor is not None else ()
         beside = any(part.is_readout for part in parts)
         for part in parts:
@@ -104,18 +107,37 @@ class Editing:
             self.memories.finish(position, report)
         return self.readout.finish(position, report) if self.readout else None
 
-    def arrays(self) -> Arrays:
-        """Copies of all that continuing needs, by name, for a snapshot."""
-        found: Arrays = {}
+    def leave(self, position: int, pending: Arrays) -> None:
+        """Take over the position before ``position``, whose target is still to come, from a lent editor.
+
+        It goes to this editing's own editor of the readout memory, or waits for the next one that is lent.
+        """
+        if self.readout:
+            self.readout.restore(pending)
+        else:
+            self._left = (position, pending)
+
+    def left(self, position: int) -> Arrays:
+        """What waits for the next editor of the readout memory, as long as the stream stands where it did."""
+        if self._left is None or self._left[0] != position:
+            return {}
+        return {name: array.copy() for name, array in self._left[1].items()}
+
+    def arrays(self, position: int) -> Arrays:
+        """Copies of all that continuing from ``position`` needs, by name, for a snapshot."""
+        found = self.left(position)
         if self.readout:
             found |= self.readout.accumulated()
             found |= self.readout.export() if self.readout.count else {}
         return found | (self.memories.arrays() if self.memories else {})
 
-    def take_up(self, arrays: Arrays) -> None:
-        """Continue from a snapshot."""
+    def take_up(self, arrays: Arrays, position: int) -> None:
+        """Continue from a snapshot that was taken at ``position``."""
+        self._left = None
         if self.readout:
             self.readout.take_up(arrays)
+        elif left := {name: array for name, array in arrays.items() if name.startswith("pending.")}:
+            self._left = (position, left)
         if self.memories:
             self.memories.take_up(arrays)
 
@@ -124,10 +146,12 @@ class Editing:
         return EditingMark(
             self.readout.mark(learns) if self.readout else None,
             self.memories.mark() if self.memories else None,
+            self._left,
         )
 
     def rewind(self, mark: EditingMark) -> None:
         """Undo everything since the mark, but for the state itself, which is the caller's."""
+        self._left = mark.left
         if self.readout and mark.readout:
             self.readout.rewind(mark.readout)
         if self.memories and mark.memories:

@@ -47,9 +47,6 @@ class Session:
         self._buffers = StateBuffers(model.manifest, model.initial, model.backend.residence)
         self._last_logits: Array | None = None
         self._editing = self._open_editor(editor)
-        # Without an editor of its own for the readout memory, `observe` leaves the position here whose
-        # target is still to come: (next position, arrays).
-        self._unfinished: tuple[int, Arrays] | None = None
         self._exclusive = Exclusive()
         self._forward = Forward(model.graph, model.manifest, self._buffers, self._edit)
 
@@ -379,7 +376,7 @@ class Session:
         own = self._editing
         if editor == own.editor:
             return own, self._report(ids)
-        left = self._left_for_observe()
+        left = own.left(self.position)
         self._editing = other = self._open_editor(editor)
         report = self._report(ids)
         own.hand_over(ids[0], self.position, report)
@@ -390,29 +387,21 @@ class Session:
     def _take_back(self, own: Editing, report: EditReport) -> None:
         """End the last period; what is to come is ``own``'s.
 
-        The last position, whose target is still to come, goes to the session's own editor of the readout
-        memory, or waits for the next one. To editors of the layers' memories it is lost.
+        The last position, whose target is still to come, goes with it. To editors of the layers' memories
+        it is lost.
         """
         pending = self._editing.finish(self.position, report)
-        if own.readout and pending is not None:
-            own.readout.restore(pending)
-        elif pending is not None:
-            self._unfinished = (self.position, pending)
+        if pending is not None:
+            own.leave(self.position, pending)
         self._editing = own
 
     def _snapshot(self) -> Snapshot:
         arrays: Arrays = {f"state.{name}": array.copy() for name, array in self._buffers.read().items()}
-        arrays |= self._editing.arrays() | self._left_for_observe()
+        arrays |= self._editing.arrays(self.position)
         if self._last_logits is not None:
             arrays["last_logits"] = self._last_logits.copy()
         editor = self.editor.to_dict() if self.editor else None
         return Snapshot(self.model.manifest.identity, self.position, self.edit, editor, arrays)
-
-    def _left_for_observe(self) -> Arrays:
-        """The position that the last `observe` has left to the next one, as long as it is the last."""
-        if self._unfinished is None or self._editing.readout or self._unfinished[0] != self.position:
-            return {}
-        return {name: array.copy() for name, array in self._unfinished[1].items()}
 
     def _restore(self, snapshot: Snapshot) -> None:
         self._buffers.restore(snapshot.arrays)
@@ -424,9 +413,7 @@ class Session:
         editor = Editor.from_dict(snapshot.editor) if snapshot.editor else None
         if editor != self.editor:
             self._editing = self._open_editor(editor)
-        self._editing.take_up(snapshot.arrays)
-        left = {name: array for name, array in snapshot.arrays.items() if name.startswith("pending.")}
-        self._unfinished = (snapshot.position, left) if left and not self._editing.readout else None
+        self._editing.take_up(snapshot.arrays, snapshot.position)
 
     @contextlib.contextmanager
     def _transaction(self, tokens: int, hands_over: bool = False, runs: int | None = None) -> Iterator[None]:
@@ -438,7 +425,7 @@ class Session:
             runs: of the model, where they do not follow from the tokens.
         """
         position, last, edit = self.position, self._last_logits, self.edit
-        editing, unfinished, reported = self._editing, self._unfinished, self.last_edit
+        editing, reported = self._editing, self.last_edit
         self._logged = []
         editing.begin()
         runs = -(-tokens // SEGMENT) if runs is None else runs
@@ -452,7 +439,7 @@ class Session:
             self._buffers.rewind()
             self.position, self._last_logits, self._strength = position, last, edit
             self._edit[0] = edit
-            self._editing, self._unfinished = editing, unfinished
+            self._editing = editing
             editing.rewind(pending)
             self.last_edit = reported
             if self._log is not None:
