@@ -37,13 +37,18 @@ class Line:
 
     @property
     def reached(self) -> bool:
-        """Whether the median meets the limit."""
-        return self.ratio >= self.limit if self.at_least else self.ratio <= self.limit
+        """Whether the median meets the limit; one that its rounds do not tell from nothing does not."""
+        return self.told and (self.ratio >= self.limit if self.at_least else self.ratio <= self.limit)
+
+    @property
+    def told(self) -> bool:
+        """Whether all rounds found something: a difference of two long times may be less than their noise."""
+        return self.low > 0
 
     def markdown(self) -> str:
         """A row of the table."""
         sign = "≥" if self.at_least else "≤"
-        mark = "✓" if self.reached else "✗"
+        mark = "✓" if self.reached else "✗" if self.told else "?"
         spread = f" ({self.low:.2f}-{self.high:.2f})" if self.low != self.high else ""
         return (
             f"| {self.what} | {self.where} | {sign} {self.limit:g} | {mark} **{self.ratio:.2f}**{spread} "
@@ -68,7 +73,8 @@ def page(lines: Iterable[Line]) -> str:
         "# Latency and footprint, side by side\n\n"
         "Medians of ratios of alternating rounds, with their range, after the outputs were compared\n"
         "([how](../../../docs/benchmarks.md)). The files of this folder hold every command's table, its\n"
-        "machine, versions and what is missing; what was tried is in [NOTES.md](../../NOTES.md).\n\n"
+        "machine, versions and what is missing; what was tried is in [NOTES.md](../../NOTES.md).\n"
+        "✓ reaches the aim, ✗ does not; ? is a difference that its rounds do not tell from none.\n\n"
         + "\n".join(table)
         + "\n\n![measured over aim](summary.png)\n\n"
         + "Backends that the rows above do without:\n\n"

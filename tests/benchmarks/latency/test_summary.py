@@ -26,3 +26,9 @@ def test_every_kind_of_result_is_there() -> None:
 def test_a_limit_is_met_on_its_own_side(ratio: float, at_least: bool, mark: str) -> None:
     line = Line("what", "where", ratio, 1.0, 3.0, 2.0, at_least, "command")
     assert f"{mark} **{ratio:.2f}** (1.00-3.00)" in line.markdown()
+
+
+def test_a_ratio_that_rounds_do_not_tell_from_nothing_meets_no_limit() -> None:
+    line = Line("what", "where", 13.6, -249.1, 49.3, 2.0, True, "command")
+    assert not line.reached
+    assert "? **13.60**" in line.markdown()
