@@ -158,6 +158,35 @@ def test_the_position_between_two_lessons_goes_with_the_session(
     assert not [name for name in session.snapshot().arrays if name.startswith("pending.")]
 
 
+def test_a_lesson_that_is_undone_leaves_the_position_before_it_to_the_next(
+    model: tr.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, lesson = model.session(0.5, None), Editor(step=0.5, chunk=4)
+    session.observe(b"a lesson", lesson)
+    before = session.snapshot()
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "_conclude", _interrupted)  # when all of it was learnt
+        with pytest.raises(KeyboardInterrupt):
+            session.observe(b", and one more", lesson)
+    assert_same_snapshot(session.snapshot(), before)
+    assert len(session.observe(b", and the next", lesson).surprise) == 14
+
+
+def _interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_what_a_restored_stream_did_not_leave_is_not_learnt(model: tr.Model) -> None:
+    """Two streams of one length: one ends with a lesson, the other's last position is nobody's."""
+    taught, plain, lesson = model.session(0.5, None), model.session(0.5, None), Editor(step=0.5, chunk=4)
+    taught.observe(b"a lesson", lesson)
+    plain.append(b"no other")
+    taught.restore(plain.snapshot())
+    assert len(taught.observe(b", and the next", lesson).surprise) == 13
+    plain.observe(b", and the next", lesson)
+    assert_same_snapshot(taught.snapshot(), plain.snapshot())
+
+
 def test_a_watch_that_cannot_be_told_is_refused(model: tr.Model) -> None:
     session = model.session(0.5, Editor(step=0.5))
     for call in (session.observe, session.prepare):
