@@ -155,8 +155,8 @@ def _take_up(editor: Editor | None, snapshot: Snapshot) -> None:
     buffers = StateBuffers(MANIFEST, initial)
     buffers.restore(snapshot.arrays)
     editing = Editing(editor, _Unbound(), buffers, edit)
-    editing.take_up(snapshot.arrays)
-    again = editing.arrays()
+    editing.take_up(snapshot.arrays, snapshot.position)
+    again = editing.arrays(snapshot.position)
     assert {name: array.tobytes() for name, array in again.items()} == {
         name: snapshot.arrays[name].tobytes() for name in again
     }
@@ -229,6 +229,7 @@ def _memories() -> list[bytes]:
     adam = Editor("prediction", optimizer="adam", chunk=4)
     for editor, more in (
         (None, {}),
+        (None, pending),  # what a lent editor has left to the next one
         (adam, layers | moments | {"last_logits": np.ones(4, np.float32)}),
         (Editor(chunk=4, also=Editor("prediction", chunk=4)), layers | beside | pending),
         (Editor(chunk=4), pending),
