@@ -213,8 +213,8 @@ def _memories() -> list[bytes]:
         "pending.readout_key": np.ones((2, 2), np.float32),
         "pending.readout_rows": np.ones((2, 1), np.int64),
         "pending.logits": np.ones((2, 4), np.float32),
-        "last_logits": np.ones(4, np.float32),
     }
+    last = {"last_logits": np.ones(4, np.float32)}
     found = []
     layers = {
         "memories.sequence": np.array([1, 2]),
@@ -229,11 +229,11 @@ def _memories() -> list[bytes]:
     adam = Editor("prediction", optimizer="adam", chunk=4)
     for editor, more in (
         (None, {}),
-        (None, pending),  # what a lent editor has left to the next one
-        (adam, layers | moments | {"last_logits": np.ones(4, np.float32)}),
-        (Editor(chunk=4, also=Editor("prediction", chunk=4)), layers | beside | pending),
-        (Editor(chunk=4), pending),
-        (Editor(chunk=4, optimizer="adagrad"), pending | {ENERGY: np.ones(3, np.float32)}),
+        (None, {name: array[-1:] for name, array in pending.items()} | last),  # left by a lent editor
+        (adam, layers | moments | last),
+        (Editor(chunk=4, also=Editor("prediction", chunk=4)), layers | beside | pending | last),
+        (Editor(chunk=4), pending | last),
+        (Editor(chunk=4, optimizer="adagrad"), pending | last | {ENERGY: np.ones(3, np.float32)}),
     ):
         snapshot = Snapshot(MANIFEST.identity, 2, (0.5,), editor.to_dict() if editor else None, arrays | more)
         state.save_snapshot(snapshot, _FOLDER / "seed")
