@@ -9,6 +9,7 @@ Gradients are with respect to the state as it came in.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from titans_converters import memory_op
 from titans_converters.as_autograd import APART, DETACHED
 from titans_converters.onnx import gradient_rules  # noqa: F401 - registers the rules
 from titans_converters.onnx.autodiff import Names, Rule, Tape, Types, captured, pruned, subgraphs
-from titans_converters.onnx.function import GENERAL, INVERSE, INVERTED
+from titans_converters.onnx.function import ALIKE, GENERAL, INVERSE, INVERTED, SIZES
 from titans_converters.onnx.trace import REVEALING
 
 NORM_EPS = 1e-3
@@ -76,9 +77,14 @@ def gradient(
     stopped = frozenset(_read_notes(general))
     del inlined.graph.node[:]
     inlined.graph.node.extend(general)
+    for suffix in _instances(general):
+        _note_sizes(inlined.graph, suffix)
     whole = onnx.shape_inference.infer_shapes(inlined, data_prop=True)
     graph = whole.graph
     types = Types(graph)
+    for suffix in _instances(graph.node):
+        for part, whole_part in ALIKE.items():
+            types.shapes[part + suffix] = types.shapes[whole_part + suffix]
     tape = Tape(graph.node, types, Names())
     pasts = [f"past.{memory}" for memory in memories]
     tape.known = dict(_inverses(graph.node))
@@ -93,6 +99,10 @@ def gradient(
         tape.nodes.append(helper.make_node("Identity", [gradient_of or tape.zeros_like(past)], [result]))
         outputs.append(_renamed(inputs[past], result))
     return _model(whole, graph, tape.nodes, outputs, name)
+
+
+_INLINED_INVERSE = re.compile(rf"{INVERSE}((?:__\d+)?)")
+"""A function's values are numbered when it is inlined."""
 
 
 def _read_notes(nodes: Iterable[NodeProto]) -> Iterator[str]:
@@ -122,10 +132,26 @@ def _general(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
 
 def _inverses(nodes: Iterable[NodeProto]) -> Iterator[tuple[str, Rule]]:
     """A rule for every ``X = (I + N)⁻¹``: ``dX = -X dN X``, in place of all the steps that compute it."""
-    for node in nodes:
-        (name,) = node.output if len(node.output) == 1 else ("",)
-        if node.op_type == "Identity" and name.endswith(INVERSE):
-            yield name, functools.partial(_inverse_rule, name.removesuffix(INVERSE) + INVERTED)
+    for suffix in _instances(nodes):
+        yield INVERSE + suffix, functools.partial(_inverse_rule, INVERTED + suffix)
+
+
+def _instances(nodes: Iterable[NodeProto]) -> list[str]:
+    """What the names of one memory node's values end with, once its function is inlined; for each that edits."""
+    found = (_INLINED_INVERSE.fullmatch(node.output[0]) for node in nodes if node.op_type == "Identity")
+    return [match[1] for match in found if match]
+
+
+def _note_sizes(graph: GraphProto, suffix: str) -> None:
+    """Which sizes are the same within one memory node, so that no gradient looks for them while it runs."""
+    for node in graph.node:
+        for name in node.output:
+            sizes = SIZES.get(name.removesuffix(suffix)) if name.endswith(suffix) else None
+            if sizes:
+                axes = [f"{size}{suffix}" if isinstance(size, str) and size.isupper() else size for size in sizes]
+                graph.value_info.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, axes))
+        for inner in subgraphs(node):
+            _note_sizes(inner, suffix)
 
 
 def _inverse_rule(

@@ -189,6 +189,8 @@ class Tape:
             axes = spread_axes(own[: len(own) - inner], spread[: len(spread) - inner])
         if axes == []:
             return gradient
+        if axes is not None and own is not None and spread is not None and len(own) == len(spread):
+            return self.op("ReduceSum", gradient, self.ints(*axes), keepdims=1)
         target = self.op("Shape", value)
         if axes is None:  # found when it runs
             whole = self.op("Shape", gradient)

@@ -7,6 +7,9 @@ tokens, and ``p'`` is written ``p_before``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Final
+
 import onnx
 import onnx.parser
 
@@ -22,8 +25,25 @@ _LOG_FLOOR = -1.0e4
 GENERAL = ("tiles", "edited")
 """Names of the branches that hold for any number of tokens and any strength."""
 
-INVERSE, INVERTED = "_inverse", "_n"
-"""How the names of ``(I + N)⁻¹`` and ``N`` end, once the function is inlined."""
+INVERSE, INVERTED = "inverse", "n"
+"""The values ``(I + N)⁻¹`` and ``N``."""
+
+_COLUMN, _SQUARE = ("N", None, None, "C", 1), ("N", None, None, "C", "C")
+_TOKENS = ("N", None, None, "C", None)
+SIZES: Final[Mapping[str, tuple[int | str | None, ...]]] = (
+    dict.fromkeys(("q", "k", "v"), _TOKENS)
+    | dict.fromkeys(("la", "le", "theta", "p", "r", "r_before"), _COLUMN)
+    | dict.fromkeys(("big_a", "w", "w_before"), _SQUARE)
+    | dict.fromkeys(("reachable", "counted"), ("C", "C + 1"))
+    | dict.fromkeys(("running_sum", "inverse_1", *(f"mask_{2**i}" for i in range(16))), ("C", "C"))
+    | dict.fromkeys(("end_p", "end_r", "end_c"), ("N", None, None, 1, 1))
+    | dict.fromkeys(("end_w", "end_e"), ("N", None, None, 1, "C"))
+    | {"end_one_hot": ("N", 1, 1, 1, "C")}
+)
+"""Sizes that shape inference does not find, since they follow from the number of tokens: of ``N`` tiles of ``C``."""
+
+ALIKE: Final = {"m_u": "m", "s_u": "s"}
+"""Parts of a split, and what they are added to: their sizes are the same."""
 
 _ONE_TOKEN = """
     a_bht = Exp(log_retention)
@@ -31,13 +51,13 @@ _ONE_TOKEN = """
     one_axis = Constant<value_ints = [-1]>()
     a = Unsqueeze(a_bht, one_axis)
     eta = Unsqueeze(eta_bht, one_axis)
-    theta = Unsqueeze(step, one_axis)
+    one_theta = Unsqueeze(step, one_axis)
     edit_axes = Constant<value_ints = [1, 2, 3]>()
     strength = Unsqueeze(edit, edit_axes)
     seen = MatMul(key, past_memory)
     edited = Mul(strength, seen)
     error = Sub(value, edited)
-    scaled_key = Mul(theta, key)
+    scaled_key = Mul(one_theta, key)
     key_column = Transpose<perm = [0, 1, 3, 2]>(scaled_key)
     write = Mul(key_column, error)
     decayed = Mul(eta, past_momentum)
@@ -50,26 +70,34 @@ _ONE_TOKEN = """
 _TILES = """
     # --- N tiles of C tokens, tiles first: (N, B, H, C, D). One gather moves whole rows to their
     #     tile; rows after the last token repeat it, and their step of 0 keeps them out of the memory.
-    c = Constant<value_ints = [{tile}]>()
+    #     As few tiles as hold all tokens, and those no longer than they must be: C ≤ {tile}.
+    most = Constant<value_ints = [{tile}]>()
     bh = Shape<start = 0, end = 2>(key)
     tokens_1 = Shape<start = 2, end = 3>(key)
     dk = Shape<start = 3>(key)
     dv = Shape<start = 3>(value)
-    above = Add(tokens_1, c)
-    above_1 = Sub(above, i1)
-    tiles = Div(above_1, c)
+    last_tokens = Sub(tokens_1, i1)
+    above = Add(last_tokens, most)
+    tiles = Div(above, most)
+    above_c = Add(last_tokens, tiles)
+    c = Div(above_c, tiles)
+    c_1 = Add(c, i1)
+    square = Concat<axis = 0>(c, c)
+    oblong = Concat<axis = 0>(c, c_1)
+    first_and_rest = Concat<axis = 0>(i1, c)
+    corner = Constant<value_ints = [0, 0]>()
     padded = Mul(tiles, c)
     missing = Sub(padded, tokens_1)
     zero = Squeeze(i0)
     one = Squeeze(i1)
     tile_range_end = Squeeze(tiles)
     tile_index = Range(zero, tile_range_end, one)
-    rows = Constant<value_ints = [{indices}]>()
+    most_rows = Constant<value_ints = [{indices}]>()
+    rows = Slice(most_rows, i0, c)
     after_n = Constant<value_ints = [1, 2, 3]>()
     tile_n = Unsqueeze(tile_index, after_n)
     tile_start = Mul(tile_n, c)
     tile_tokens = Add(tile_start, rows)
-    last_tokens = Sub(tokens_1, i1)
     known_tokens = Min(tile_tokens, last_tokens)
     streams = ReduceProd<keepdims = 0>(bh)
     stream_range = Range(zero, streams, one)
@@ -105,19 +133,22 @@ _TILES = """
     # --- segment sums as products with masks. Column 0 stands for the state before the tile,
     #     column s + 1 for write s: G[t, s+1] = prod of gates s+1..t, G[t, 0] = prod of gates 0..t.
     columns = Constant<value_ints = [{columns}]>()
-    row = Unsqueeze(rows, i1)
+    row = Unsqueeze(most_rows, i1)
     column = Unsqueeze(columns, i0)
     f0 = Constant<value_float = 0.0>()
     f1 = Constant<value_float = 1.0>()
     minus_infinity = Constant<value_float = -inf>()
     after = Sub(column, i1)
     at_or_before = GreaterOrEqual(row, after)
-    reachable = Where(at_or_before, f0, minus_infinity)
-    row_t = Unsqueeze(rows, i0)
+    most_reachable = Where(at_or_before, f0, minus_infinity)
+    reachable = Slice(most_reachable, corner, oblong)
+    row_t = Unsqueeze(most_rows, i0)
     sums_to = GreaterOrEqual(row, row_t)
-    running_sum = Where(sums_to, f1, f0)
+    most_running_sum = Where(sums_to, f1, f0)
+    running_sum = Slice(most_running_sum, corner, square)
     is_after = Greater(row, after)
-    counted = Where(is_after, f1, f0)
+    most_counted = Where(is_after, f1, f0)
+    counted = Slice(most_counted, corner, oblong)
     la_spread = Mul(la, counted)
     le_spread = Mul(le, counted)
     la_sums = MatMul(running_sum, la_spread)
@@ -126,11 +157,9 @@ _TILES = """
     le_masked = Add(le_sums, reachable)
     p_and_a = Exp(la_masked)
     c_and_e = Exp(le_masked)
-    p = Slice(p_and_a, i0, i1, i4)
-    big_a = Slice(p_and_a, i1, last, i4)
+    p, big_a = Split<axis = 4>(p_and_a, first_and_rest)
     r_and_w = MatMul(big_a, c_and_e)
-    r = Slice(r_and_w, i0, i1, i4)
-    w = Slice(r_and_w, i1, last, i4)
+    r, w = Split<axis = 4>(r_and_w, first_and_rest)
 
     # --- moves a column one row down: the same weights for M_(t-1)
     pad_row = Constant<value_ints = [0, 0, 0, 1, 0, 0, 0, 0, -1, 0]>()
@@ -157,10 +186,8 @@ _TILES = """
     end_p = MatMul(end_one_hot, p)
     end_r_and_w = MatMul(end_one_hot, r_and_w)
     end_c_and_e = MatMul(end_one_hot, c_and_e)
-    end_r = Slice(end_r_and_w, i0, i1, i4)
-    end_w = Slice(end_r_and_w, i1, last, i4)
-    end_c = Slice(end_c_and_e, i0, i1, i4)
-    end_e = Slice(end_c_and_e, i1, last, i4)
+    end_r, end_w = Split<axis = 4>(end_r_and_w, first_and_rest)
+    end_c, end_e = Split<axis = 4>(end_c_and_e, first_and_rest)
     k_to_m = Mul(k_t, end_w)
     k_to_s = Mul(k_t, end_e)
     attention_and_writes = Concat<axis = 3>(attention, k_to_m, k_to_s)
@@ -195,8 +222,7 @@ _EDITED = """
     # --- N, and its inverse by doubling blocks
     p_before = Pad(p, pad_row, f1)
     rw_before = Pad(r_and_w, pad_row)
-    r_before = Slice(rw_before, i0, i1, i4)
-    w_before = Slice(rw_before, i1, last, i4)
+    r_before, w_before = Split<axis = 4>(rw_before, first_and_rest)
     kk = MatMul(k, k_t)
     rate = Mul(strength, theta)
     kk_weighted = Mul(w_before, kk)
@@ -216,10 +242,10 @@ _EDITED = """
     own = MatMul(inverse, theta_v)
     edited_memory, edited_momentum, edited_y = Scan<
         num_scan_inputs = 7,
-        body = edited_tile (float[b, h, x, v] m, float[b, h, x, v] s, float[b, h, x2, d2] e,
-                            float[b, h, x2, d2] a, float[b, h, z, x3] aw, float[b, h, x4, v] o,
-                            float[b, h, y1, y1] ep, float[b, h, y1, y1] er, float[b, h, y1, y1] ec)
-          => (float[b, h, x, v] m_next, float[b, h, x, v] s_next, float[b, h, x4, v] y_tile) {{
+        body = edited_tile (float[b, h, x, v] m, float[b, h, x, v] s, float[b, h, t, d2] e,
+                            float[b, h, t, d2] a, float[b, h, z, t] aw, float[b, h, t, v] o,
+                            float[b, h, 1, 1] ep, float[b, h, 1, 1] er, float[b, h, 1, 1] ec)
+          => (float[b, h, x, v] m_next, float[b, h, x, v] s_next, float[b, h, t, v] y_tile) {{
             state = Concat<axis = 2>(m, s)
             read_k = MatMul(e, state)
             read_q = MatMul(a, state)
@@ -232,10 +258,10 @@ _EDITED = """
 _PLAIN = """
     plain_memory, plain_momentum, plain_y = Scan<
         num_scan_inputs = 6,
-        body = plain_tile (float[b, h, x, v] m, float[b, h, x, v] s, float[b, h, x2, d2] a,
-                           float[b, h, z, x3] aw, float[b, h, x4, v] u,
-                           float[b, h, y1, y1] ep, float[b, h, y1, y1] er, float[b, h, y1, y1] ec)
-          => (float[b, h, x, v] m_next, float[b, h, x, v] s_next, float[b, h, x4, v] y_tile) {{
+        body = plain_tile (float[b, h, x, v] m, float[b, h, x, v] s, float[b, h, t, d2] a,
+                           float[b, h, z, t] aw, float[b, h, t, v] u,
+                           float[b, h, 1, 1] ep, float[b, h, 1, 1] er, float[b, h, 1, 1] ec)
+          => (float[b, h, x, v] m_next, float[b, h, x, v] s_next, float[b, h, t, v] y_tile) {{
             state = Concat<axis = 2>(m, s)
             read_q = MatMul(a, state)
 {step}
@@ -259,8 +285,6 @@ _INDEX_CONSTANTS = """
     minus_one = Constant<value_ints = [-1]>()
     i0 = Constant<value_ints = [0]>()
     i1 = Constant<value_ints = [1]>()
-    i4 = Constant<value_ints = [4]>()
-    last = Constant<value_ints = [9223372036854775807]>()
 """
 
 _FUNCTION = """
@@ -308,7 +332,11 @@ def neural_memory_function(tile: int) -> onnx.FunctionProto:
 
 def _inverse_by_doubling(tile: int) -> str:
     """``X ← X - X (N ∘ mask_s) X`` for ``s = 1, 2, 4, … < C``; with ``X = I`` the first needs no product."""
-    lines = ["i_identity = Equal(row, row_t)", "inverse_1 = Where(i_identity, f1, f0)"]
+    lines = [
+        "i_identity = Equal(row, row_t)",
+        "most_identity = Where(i_identity, f1, f0)",
+        "inverse_1 = Slice(most_identity, corner, square)",
+    ]
     size, name = 1, "inverse_1"
     while size < tile:
         s, following = f"_{size}", f"inverse_{2 * size}"
@@ -322,14 +350,15 @@ def _inverse_by_doubling(tile: int) -> str:
             f"column_half{s} = Div(row_t, half{s})",
             f"row_below{s} = Greater(row_half{s}, column_half{s})",
             f"in_mask{s} = And(same_block{s}, row_below{s})",
-            f"mask{s} = Where(in_mask{s}, f1, f0)",
-            f"corner{s} = Mul(n, mask{s})",
+            f"most_mask{s} = Where(in_mask{s}, f1, f0)",
+            f"mask{s} = Slice(most_mask{s}, corner, square)",
+            f"below{s} = Mul(n, mask{s})",
         ]
         if size == 1:
-            lines.append(f"{following} = Sub({name}, corner{s})")
+            lines.append(f"{following} = Sub({name}, below{s})")
         else:
             lines += [
-                f"left{s} = MatMul({name}, corner{s})",
+                f"left{s} = MatMul({name}, below{s})",
                 f"change{s} = MatMul(left{s}, {name})",
                 f"{following} = Sub({name}, change{s})",
             ]

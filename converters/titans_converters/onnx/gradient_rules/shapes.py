@@ -32,8 +32,13 @@ def _transpose(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
 @rule("Concat")
 def _concat(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
     axis = attributes(node)["axis"] % tape.rank(node.output[0])
-    sizes = [tape.op("Shape", name, start=axis, end=axis + 1) for name in node.input]
-    whole = tape.op("Concat", *sizes, axis=0)
+    shapes = [tape.types.shapes.get(name) for name in node.input]
+    known = [shape[axis] for shape in shapes if shape and isinstance(shape[axis], int)]
+    if len(known) == len(shapes):
+        whole = tape.ints(*known)
+    else:
+        sizes = [tape.op("Shape", name, start=axis, end=axis + 1) for name in node.input]
+        whole = tape.op("Concat", *sizes, axis=0)
     parts: Gradients = []
     parts.extend(tape.emit("Split", [only(gradients), whole], len(node.input), axis=axis))
     return parts
