@@ -24,7 +24,8 @@ from titans_converters import memory_op
 from titans_converters.as_autograd import APART, DETACHED
 from titans_converters.onnx import gradient_rules  # noqa: F401 - registers the rules
 from titans_converters.onnx.autodiff import Names, Rule, Tape, Types, captured, pruned, subgraphs
-from titans_converters.onnx.function import ALIKE, GENERAL, INVERSE, INVERTED, SIZES
+from titans_converters.onnx.function import ALIKE, GENERAL, INVERSE, INVERTED, PLACES, SIZES, TILED
+from titans_converters.onnx.gradient_rules.elementwise import silus
 from titans_converters.onnx.trace import REVEALING
 
 NORM_EPS = 1e-3
@@ -83,11 +84,11 @@ def gradient(
     graph = whole.graph
     types = Types(graph)
     for suffix in _instances(graph.node):
-        for part, whole_part in ALIKE.items():
-            types.shapes[part + suffix] = types.shapes[whole_part + suffix]
+        for part, other in ALIKE.items():
+            types.shapes[part + suffix] = types.shapes[other + suffix]
     tape = Tape(graph.node, types, Names())
     pasts = [f"past.{memory}" for memory in memories]
-    tape.known = dict(_inverses(graph.node))
+    tape.known = dict(silus(graph.node)) | dict(_known(graph.node))
     tape.stopped = stopped
     seed = tape.op("ConstantOfShape", tape.op("Shape", _LOSS), value=_one(types.elements[_LOSS]))
     by = {memory: (sources or {}).get(memory, past) for memory, past in zip(memories, pasts, strict=True)}
@@ -130,14 +131,20 @@ def _general(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
             yield helper.make_node("Identity", [info.name], [name])
 
 
-def _inverses(nodes: Iterable[NodeProto]) -> Iterator[tuple[str, Rule]]:
-    """A rule for every ``X = (I + N)⁻¹``: ``dX = -X dN X``, in place of all the steps that compute it."""
+def _known(nodes: Iterable[NodeProto]) -> Iterator[tuple[str, Rule]]:
+    """Rules that know what the memory's function computes, in place of those of its operators.
+
+    One for every ``X = (I + N)⁻¹``: ``dX = -X dN X``. One for all that is laid out in tiles: places of no
+    token get no gradient, since their step is 0 and nobody reads there, so that a gather leads back.
+    """
     for suffix in _instances(nodes):
         yield INVERSE + suffix, functools.partial(_inverse_rule, INVERTED + suffix)
+        for name, rows in TILED.items():
+            yield name + suffix, functools.partial(_untiled, rows + suffix, PLACES + suffix)
 
 
 def _instances(nodes: Iterable[NodeProto]) -> list[str]:
-    """What the names of one memory node's values end with, once its function is inlined; for each that edits."""
+    """What the names of one memory node's values end with once it is inlined, for each that edits."""
     found = (_INLINED_INVERSE.fullmatch(node.output[0]) for node in nodes if node.op_type == "Identity")
     return [match[1] for match in found if match]
 
@@ -148,7 +155,7 @@ def _note_sizes(graph: GraphProto, suffix: str) -> None:
         for name in node.output:
             sizes = SIZES.get(name.removesuffix(suffix)) if name.endswith(suffix) else None
             if sizes:
-                axes = [f"{size}{suffix}" if isinstance(size, str) and size.isupper() else size for size in sizes]
+                axes = [f"{size}{suffix}" if isinstance(size, str) else size for size in sizes]
                 graph.value_info.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, axes))
         for inner in subgraphs(node):
             _note_sizes(inner, suffix)
@@ -163,6 +170,20 @@ def _inverse_rule(
         whole = tape.op("MatMul", tape.op("MatMul", transposed, gradient), transposed)
         tape.add_gradient(inverted, tape.op("Neg", whole))
     return [None]
+
+
+def _untiled(
+    rows: str,
+    places: str,
+    tape: Tape,
+    node: NodeProto,  # noqa: ARG001 - a rule's
+    gradients: list[str | None],
+) -> list[str | None]:
+    (gradient,) = gradients
+    if gradient is None:
+        return [None, None]
+    tokens = tape.op("Gather", tape.op("Reshape", gradient, rows), places, axis=0)
+    return [tape.op("Reshape", tokens, rows), None]
 
 
 def prediction_gradient(model: ir.Model, memories: Sequence[str]) -> ModelProto:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tests.titans_export.memory_inputs import MemoryCase, memory_cases, relative_error
 from titans_converters import memory_op
+from titans_converters.gradients import gradient
 from titans_converters.onnx.function import OPSET, neural_memory_function
 from titans_export.memory import token_loop
 
@@ -160,3 +161,65 @@ def _all_nodes(nodes: object) -> list[onnx.NodeProto]:
         for attribute in node.attribute:
             found += _all_nodes(attribute.g.node)
     return found
+
+
+@functools.cache
+def _gradient(tile: int) -> onnx.ModelProto:
+    """By every input, of waves through the outputs."""
+    model = _model(tile)
+    names = {name: f"past.{name}" for name in memory_op.INPUTS}
+    for info in model.graph.input:
+        info.name = names[info.name]
+    (node,) = model.graph.node
+    node.input[:] = list(names.values())
+    losses = onnx.parser.parse_graph("""
+        losses (float[B, H, T, V] output, float[B, H, K, V] present_memory,
+                float[B, H, K, V] present_momentum) => (float[one] loss) {
+            seen_o = Sin(output)
+            seen_m = Sin(present_memory)
+            seen_s = Sin(present_momentum)
+            o = ReduceSum<keepdims = 0>(seen_o)
+            m = ReduceSum<keepdims = 0>(seen_m)
+            s = ReduceSum<keepdims = 0>(seen_s)
+            state = Add(m, s)
+            all = Add(o, state)
+            one = Constant<value_ints = [1]>()
+            loss = Reshape(all, one)
+        }""")
+    model.graph.node.extend(losses.node)
+    del model.graph.output[:]
+    model.graph.output.extend(losses.output)
+    return gradient(model, memory_op.INPUTS, "gradient.waves")
+
+
+@functools.cache
+def _gradient_session(tile: int) -> ort.InferenceSession:
+    content = _gradient(tile).SerializeToString()
+    return ort.InferenceSession(content, providers=["CPUExecutionProvider"])
+
+
+@given(_cases_of_any_tile())
+def test_gradient_is_that_of_the_token_loop(case_and_tile: tuple[MemoryCase, int]) -> None:
+    """By every input, for ragged tiles and tiles that are shorter than they may be."""
+    drawn, tile = case_and_tile
+    open_gates = dataclasses.replace(drawn, retention="random", momentum="random")
+    inputs = {name: tensor.requires_grad_() for name, tensor in open_gates.tensors().items()}
+    loss = sum((output.sin().sum() for output in token_loop(**inputs)), torch.zeros(()))
+    expected = torch.autograd.grad(loss, list(inputs.values()))
+    feeds = {f"past.{name}": tensor.detach().float().numpy() for name, tensor in inputs.items()}
+    session = _gradient_session(tile)
+    taken = {value.name: np.ascontiguousarray(feeds[value.name]) for value in session.get_inputs()}
+    outputs = session.run([f"grad.{name}" for name in inputs], taken)
+    for name, actual, exact in zip(inputs, outputs, expected, strict=True):
+        assert relative_error(torch.from_numpy(actual), exact) <= 1e-4, name
+
+
+def test_gradient_goes_by_what_the_body_computes() -> None:
+    """Not through the steps of the inverse, and without looking for sizes while it runs."""
+    nodes = _gradient(32).graph.node
+    masks = {node.output[0] for node in nodes if node.output[0].startswith("mask_")}
+    users = [name for node in nodes for name in node.input if name in masks]
+    assert len(masks) == len(users) == 5
+    kinds = [node.op_type for node in nodes]
+    assert "NonZero" not in kinds
+    assert kinds.count("ScatterND") == 1  # of the outputs' rows

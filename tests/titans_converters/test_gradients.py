@@ -33,6 +33,7 @@ CASES = {
     "Where": "c = Greater(x, half)\na = Neg(x)\nb = Mul(x, x)\ny = Where(c, a, b)",
     "Pow, Sqrt, Reciprocal": "a = Pow(x, three)\nb = Mul(x, x)\nc = Add(b, one)\nd = Sqrt(c)\ne = Reciprocal(d)\ny = Mul(a, e)",  # noqa: E501
     "Sigmoid, Tanh, Softplus": "a = Sigmoid(x)\nb = Tanh(x)\nc = Softplus(x)\nd = Mul(a, b)\ny = Mul(d, c)",
+    "Silu, also by a gate that serves twice": "a = Sigmoid(x)\nb = Mul(x, a)\nc = Sigmoid(b)\nd = Mul(c, b)\ny = Mul(d, a)",  # noqa: E501
     "Erf, Sin, Cos, Abs": "a = Erf(x)\nb = Sin(x)\nc = Cos(x)\nd = Abs(x)\ne = Mul(a, b)\nf = Mul(c, d)\ny = Add(e, f)",  # noqa: E501
     "Pow, by both": "a = Abs(x)\nb = Add(a, half)\nc = Pow(b, x)\nd = Pow(x, counts)\ny = Add(c, d)",
     "Max and Min, of three": "a = Neg(x)\nb = Max(x, half, a)\nc = Min(x, a, b)\ny = Sub(b, c)",

@@ -28,6 +28,12 @@ GENERAL = ("tiles", "edited")
 INVERSE, INVERTED = "inverse", "n"
 """The values ``(I + N)⁻¹`` and ``N``."""
 
+TILED: Final = {"q": "rows_k", "k": "rows_k", "v": "rows_v"}
+"""What a gather lays out in tiles, and the shape of the rows that it takes."""
+
+PLACES: Final = "y_index"
+"""Where in the tiles each token is: leads back from them."""
+
 _COLUMN, _SQUARE = ("N", None, None, "C", 1), ("N", None, None, "C", "C")
 _TOKENS = ("N", None, None, "C", None)
 SIZES: Final[Mapping[str, tuple[int | str | None, ...]]] = (
@@ -40,9 +46,9 @@ SIZES: Final[Mapping[str, tuple[int | str | None, ...]]] = (
     | dict.fromkeys(("end_w", "end_e"), ("N", None, None, 1, "C"))
     | {"end_one_hot": ("N", 1, 1, 1, "C")}
 )
-"""Sizes that shape inference does not find, since they follow from the number of tokens: of ``N`` tiles of ``C``."""
+"""Sizes that shape inference does not find, since ``N`` tiles of ``C`` follow from the number of tokens."""
 
-ALIKE: Final = {"m_u": "m", "s_u": "s"}
+ALIKE: Final = {"y_u": "read_q", "m_u": "m", "s_u": "s"}
 """Parts of a split, and what they are added to: their sizes are the same."""
 
 _ONE_TOKEN = """
@@ -116,8 +122,8 @@ _TILES = """
     pads3 = Concat<axis = 0>(i0, i0, i0, i0, i0, missing)
     shape_g = Concat<axis = 0>(bh, tiles, c, i1)
     floor = Constant<value_float = {floor}>()
-    la_floored = Max(log_retention, floor)
-    le_floored = Max(log_momentum, floor)
+    la_floored = Clip(log_retention, floor)
+    le_floored = Clip(log_momentum, floor)
     la_padded = Pad(la_floored, pads3)
     le_padded = Pad(le_floored, pads3)
     theta_padded = Pad(step, pads3)

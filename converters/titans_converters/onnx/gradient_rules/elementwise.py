@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 from onnx import NodeProto, TensorProto
 
-from titans_converters.onnx.autodiff import Tape, rule
+from titans_converters.onnx.autodiff import Rule, Tape, rule
 from titans_converters.onnx.gradient_rules.common import Gradients, attributes, only
 
 
@@ -34,6 +34,29 @@ def _mul(tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
         tape.summed_to(tape.op("Mul", g, other), name, node.output[0]) if tape.wants(name) else None
         for name, other in ((a, b), (b, a))
     ]
+
+
+def silus(nodes: Iterable[NodeProto]) -> Iterator[tuple[str, Rule]]:
+    """A rule for every product of a value and its own sigmoid: ``σ + y (1 - σ)``, in place of two."""
+    gates: dict[str, str] = {}
+    for node in nodes:
+        if node.domain not in ("", "ai.onnx"):
+            continue
+        if node.op_type == "Sigmoid":
+            gates[node.output[0]] = node.input[0]
+        elif node.op_type == "Mul":
+            for gate, x in (node.input, reversed(node.input)):
+                if gates.get(gate) == x:
+                    yield node.output[0], functools.partial(_silu, x, gate)
+
+
+def _silu(x: str, gate: str, tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
+    y = node.output[0]
+    if not tape.wants(gate):  # taken for a constant
+        return _mul(tape, node, gradients)
+    slope = tape.op("Add", gate, tape.op("Sub", y, tape.op("Mul", y, gate)))
+    whole = tape.op("Mul", only(gradients), slope)
+    return [whole if name == x else None for name in node.input]
 
 
 @rule("Div")
