@@ -85,7 +85,7 @@ def gradient(
     types = Types(graph)
     for suffix in _instances(graph.node):
         for part, other in ALIKE.items():
-            types.shapes[part + suffix] = types.shapes[other + suffix]
+            types.alias(part + suffix, other + suffix)
     tape = Tape(graph.node, types, Names())
     pasts = [f"past.{memory}" for memory in memories]
     tape.known = dict(silus(graph.node)) | dict(_known(graph.node))
