@@ -52,7 +52,7 @@ def _loop_function(loop: LoopProgram) -> ir.Function:
     inputs = {name: _like_example(name, step) for name in step.inputs}
     for name in loop.tiles:
         inputs[name].shape = ir.Shape([None] * (1 + len(step.input_axes[name])))
-    moving = {name: _like_example(f"step.{name}", step, name) for name in (*loop.carry, *loop.tiles)}
+    moving = {name: _sized(f"step.{name}", step, name) for name in (*loop.carry, *loop.tiles)}
     parts = {step.name: trace_graph(step)}
     nodes, outputs = _splice(step, parts, "step.", {**inputs, **moving}, list(step.output_axes))
     body = ir.Graph(list(moving.values()), list(outputs.values()), nodes=nodes, name="tile")
@@ -181,7 +181,7 @@ def _scan(
 ) -> Found:
     """A loop over the step."""
     step, carried = recurrence.step, recurrence.carry
-    body_inputs = {name: _like_example(f"step.{name}", step, name) for name in (*carried, *tiles)}
+    body_inputs = {name: _sized(f"step.{name}", step, name) for name in (*carried, *tiles)}
     nodes, outputs = _splice(step, parts, "step.", {**inputs, **body_inputs}, names)
     streamed = [name for name in names if name in recurrence.rows.output_axes]
     states = [name for name in names if name not in streamed]
@@ -304,6 +304,13 @@ def _like_example(name: str, program: Program, of: str | None = None) -> ir.Valu
     """A value of the dtype and rank of a program's input."""
     value = ir.Value(name=name)
     _set_type(value, program, of or name)
+    return value
+
+
+def _sized(name: str, program: Program, of: str) -> ir.Value:
+    """The same, with its sizes: outside a loop inference loses them, and gradients would look for them."""
+    value = _like_example(name, program, of)
+    value.shape = ir.Shape(program.input_axes[of])
     return value
 
 
