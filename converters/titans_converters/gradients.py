@@ -78,6 +78,7 @@ def gradient(
     stopped = frozenset(_read_notes(general))
     del inlined.graph.node[:]
     inlined.graph.node.extend(general)
+    _rename_sizes(inlined.graph)
     for suffix in _instances(general):
         _note_sizes(inlined.graph, suffix)
     whole = onnx.shape_inference.infer_shapes(inlined, data_prop=True)
@@ -104,6 +105,9 @@ def gradient(
 
 _INLINED_INVERSE = re.compile(rf"{INVERSE}((?:__\d+)?)")
 """A function's values are numbered when it is inlined."""
+
+
+_NUMBER = re.compile(r"__\d+$")
 
 
 def _read_notes(nodes: Iterable[NodeProto]) -> Iterator[str]:
@@ -147,6 +151,19 @@ def _instances(nodes: Iterable[NodeProto]) -> list[str]:
     """What the names of one memory node's values end with once it is inlined, for each that edits."""
     found = (_INLINED_INVERSE.fullmatch(node.output[0]) for node in nodes if node.op_type == "Identity")
     return [match[1] for match in found if match]
+
+
+def _rename_sizes(graph: GraphProto, loop: bool = False) -> None:
+    """The names of values in what a loop's body says of sizes: inlining numbers those of nodes alone."""
+    if loop:
+        known = {info.name: info for info in graph.value_info}
+        for name in (name for node in graph.node for name in node.output):
+            info = known.pop(_NUMBER.sub("", name), None)
+            if info is not None:
+                info.name = name
+    for node in graph.node:
+        for inner in subgraphs(node):
+            _rename_sizes(inner, loop=node.op_type == "Scan")
 
 
 def _note_sizes(graph: GraphProto, suffix: str) -> None:

@@ -95,8 +95,8 @@ def test_the_gradient_of_prediction_is_autograds(
 ) -> None:
     """Of calls shorter than a segment, as long, and longer, which begin in the middle of one.
 
-    Autograd in float64: at these random weights its own float32 is up to 3e-4 away, and ours, by processor, up
-    to 1.1e-4.
+    Autograd in float64: at these random weights its own float32 is up to 3e-4 away, and ours, by processor,
+    up to 1.1e-4.
     """
     ids, targets = _ids(2, tokens), _ids(2, tokens, seed=1)
     targets[0, tokens // 2] = -1
