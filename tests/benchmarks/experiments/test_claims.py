@@ -37,6 +37,7 @@ TABLES = {
     "mqar": [*(f"pairs/{n}" for n in (8, 16, 32, 64)), *(f"{BOUND}/{n}" for n in (2, 4, 8, 16))],
     "copy": [f"letters/{n}" for n in LETTERS],
     "selective": [f"length/{n}" for n in LETTERS],
+    "induction-fresh": [f"length/{n}" for n in ("256", "512", "1,024", "2,048", "4,096")],
     "induction": [f"length/{n}" for n in LONG],
     "digits": ["digits/known", "digits/novel"],
 }
