@@ -36,19 +36,19 @@ class Contestant:
         label: in tables.
         build: from the vocabulary's size.
         ways: to edit it at test time, beside running it as it was trained: of :mod:`..evaluate`.
-        tasks: that it takes part in; all, if none are named.
+        tasks: that it takes part in unless asked for by name; None for all.
         trained: False leaves the weights as they are drawn.
     """
 
     label: str
     build: Callable[[int], Network]
     ways: tuple[str, ...] = ()
-    tasks: tuple[str, ...] = ()
+    tasks: tuple[str, ...] | None = None
     trained: bool = True
 
     def takes_part(self, task: str) -> bool:
         """Whether it is trained on ``task`` unless it is asked for by name."""
-        return not self.tasks or task in self.tasks
+        return self.tasks is None or task in self.tasks
 
 
 def _transformer(vocab_size: int) -> Network:
@@ -106,7 +106,7 @@ CONTESTANTS: dict[str, Contestant] = {
         "Titans LMM, no retention, trained λ = 1",
         partial(_titans, edit=1.0, retention=False, **_SSM),
         ("off", "readout"),
-        ("induction",),
+        (),  # what the next one is without its noise: by name
     ),
     "titans-scaled": Contestant(
         "Titans LMM, no retention, writes scaled at random in training, λ = 1",
