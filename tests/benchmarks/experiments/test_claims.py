@@ -28,6 +28,7 @@ WAYS = {
     "λ > 0": "fused",
     "λ > 0, its strength chosen": "fused",
     "readout edited": "readout",
+    "prediction edited": "prediction",
     "run with λ = 0": "off",
 }
 LETTERS = ("16", "32", "64", "128", "256", "512", "1,024")
@@ -40,6 +41,7 @@ TABLES = {
     "induction-fresh": [f"length/{n}" for n in ("256", "512", "1,024", "2,048", "4,096")],
     "induction": [f"length/{n}" for n in LONG],
     "digits": ["digits/known", "digits/novel"],
+    "scan": [f"split/{split}" for split in ("simple", "length", "addprim_jump")],
 }
 SEEDS = {"one seed": 1, "two seeds": 2, "three seeds": 3}
 
@@ -70,8 +72,10 @@ def spread_out(rows: list[tuple[str, list[str]]]) -> list[tuple[str, list[str]]]
 
 
 def measured(rows: Rows, contestant: str, way: str, key: str) -> list[float]:
+    """Shares of answers; of commands of SCAN, whole ones."""
+    right = "exact" if key.startswith("split/") else "token"
     own = [row for row in rows if (row["contestant"], row["way"]) == (contestant, way)]
-    return [100 * row["scores"][key]["token"] for row in own]
+    return [100 * row["scores"][key][right] for row in own if key in row["scores"]]
 
 
 def check(cell: str, shares: list[float], where: str) -> None:
