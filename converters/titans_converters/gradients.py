@@ -148,19 +148,25 @@ def _known(nodes: Iterable[NodeProto]) -> Iterator[tuple[str, Rule]]:
 
 
 def _instances(nodes: Iterable[NodeProto]) -> list[str]:
-    """What the names of one memory node's values end with once it is inlined, for each that edits."""
-    found = (_INLINED_INVERSE.fullmatch(node.output[0]) for node in nodes if node.op_type == "Identity")
-    return [match[1] for match in found if match]
+    """What the names of one memory node's values end with once it is inlined, for each that edits.
+
+    All that the rules are told of must be there: a graph of somebody's own may have a value of one such name.
+    """
+    names = {name for node in nodes for name in node.output}
+    found = (match[1] for match in map(_INLINED_INVERSE.fullmatch, names) if match)
+    return sorted(
+        suffix for suffix in found if {name + suffix for name in (INVERTED, PLACES, *TILED)} <= names
+    )
 
 
 def _rename_sizes(graph: GraphProto, loop: bool = False) -> None:
     """The names of values in what a loop's body says of sizes: inlining numbers those of nodes alone."""
     if loop:
-        known = {info.name: info for info in graph.value_info}
-        for name in (name for node in graph.node for name in node.output):
-            info = known.pop(_NUMBER.sub("", name), None)
-            if info is not None:
-                info.name = name
+        own = {name for node in graph.node for name in node.output}
+        inlined = {_NUMBER.sub("", name): name for name in own}
+        for info in graph.value_info:
+            if info.name not in own:
+                info.name = inlined.get(info.name, info.name)
     for node in graph.node:
         for inner in subgraphs(node):
             _rename_sizes(inner, loop=node.op_type == "Scan")

@@ -221,6 +221,20 @@ def test_gradient_is_that_of_the_token_loop(case_and_tile: tuple[MemoryCase, int
         assert relative_error(torch.from_numpy(actual), exact) <= 1e-4, name
 
 
+@pytest.mark.parametrize(
+    ("tokens", "length"), [(1, 1), (4, 4), (32, 32), (33, 17), (40, 20), (64, 32), (65, 22)]
+)
+def test_a_call_takes_as_few_tiles_as_hold_it_all_of_one_length(tokens: int, length: int) -> None:
+    model = onnx.ModelProto()
+    model.CopyFrom(_gradient(32))
+    model.graph.output.append(helper.make_tensor_value_info("c__1", TensorProto.INT64, [1]))
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    case = MemoryCase(tokens, 1, "random", "random", "one", repeated_keys=False, edit=(1.0, 0.0))
+    given = {f"past.{name}": np.ascontiguousarray(x.float().numpy()) for name, x in case.tensors().items()}
+    taken = {value.name: given[value.name] for value in session.get_inputs()}
+    assert session.run(["c__1"], taken)[0].tolist() == [length]
+
+
 def test_gradient_goes_by_what_the_body_computes() -> None:
     """Not through the steps of the inverse, and without looking for sizes while it runs."""
     nodes = _gradient(32).graph.node

@@ -57,6 +57,7 @@ CASES = {
     "CumSum": "y = CumSum(x, axis1)",
     "CumSum, reverse": "y = CumSum<reverse = 1>(x, axis1)",
     "Concat and Split": "a, b = Split<axis = 2>(x, sizes)\nc = Mul(a, a)\ny = Concat<axis = 2>(c, b, c)",
+    "Concat, of sizes 1, 1, 3": "a, b = Split<axis = 2>(x, sizes)\nc = Mul(a, a)\ny = Concat<axis = 2>(c, a, b)",  # noqa: E501
     "Slice": "a = Slice(x, i1, i3, i2)\nb = Slice(x, minus2, last, i1)\nc = ReduceSum<keepdims = 0>(a)\nd = Mul(b, b)\ny = Add(d, c)",  # noqa: E501
     "Slice, between transposes": "t = Transpose<perm = [0, 2, 1]>(x)\na = Slice(t, i1, i3, i1)\nb = Transpose<perm = [0, 2, 1]>(a)\ny = Mul(b, b)",  # noqa: E501
     "Slice, by steps": "a = Slice(x, i0, last, i2, i2)\nb = Slice(a, last, first, i1, minus2)\ny = Mul(b, b)",
@@ -72,6 +73,17 @@ CASES = {
         y = If (e) <then_branch = g1 () => (float[a, b, c] u) {m = Mul(x, x)
             u = MatMul(m, w)},
             else_branch = g2 () => (float[a, b, c] v) {v = Neg(x)}>""",
+    "A value named as one of the memory's is": "a = Mul(x, x)\ninverse = Identity(a)\ny = Mul(inverse, x)",
+    "Scan, of values with numbers and sizes": """s = ReduceSum<keepdims = 0>(x, ax01)
+        end, y = Scan<num_scan_inputs = 1,
+            body = step (float[c] s0, float[b, c] t) => (float[c] s1, float[b, c] o) <float r> {
+            r__1 = Mul(s0, t)
+            r__2 = Mul(r__1, s0)
+            r__3 = Mul(r__2, t)
+            r = ReduceSum<keepdims = 0>(s0, ax0)
+            q = Mul(r__3, t)
+            o = Mul(q, r)
+            s1 = Tanh(s0)}>(s, x)""",
     "Scan": """s = ReduceSum<keepdims = 0>(x, ax01)
         end, y = Scan<num_scan_inputs = 1,
             body = step (float[c] s0, float[b, c] t) => (float[c] s1, float[b, c] o) {

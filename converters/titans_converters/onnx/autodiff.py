@@ -187,10 +187,8 @@ class Tape:
         axes = None
         if own is not None and spread is not None:
             axes = spread_axes(own[: len(own) - inner], spread[: len(spread) - inner])
-        if axes == []:
-            return gradient
-        if axes is not None and own is not None and spread is not None and len(own) == len(spread):
-            return self.op("ReduceSum", gradient, self.ints(*axes), keepdims=1)
+            if axes is not None and len(own) == len(spread):
+                return self.op("ReduceSum", gradient, self.ints(*axes), keepdims=1) if axes else gradient
         target = self.op("Shape", value)
         if axes is None:  # found when it runs
             whole = self.op("Shape", gradient)

@@ -52,8 +52,6 @@ def silus(nodes: Iterable[NodeProto]) -> Iterator[tuple[str, Rule]]:
 
 def _silu(x: str, gate: str, tape: Tape, node: NodeProto, gradients: Gradients) -> Gradients:
     y = node.output[0]
-    if not tape.wants(gate):  # taken for a constant
-        return _mul(tape, node, gradients)
     slope = tape.op("Add", gate, tape.op("Sub", y, tape.op("Mul", y, gate)))
     whole = tape.op("Mul", only(gradients), slope)
     return [whole if name == x else None for name in node.input]
