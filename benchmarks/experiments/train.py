@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,13 +33,23 @@ _SAVE_EVERY = 100
 
 @dataclass(frozen=True)
 class Recipe:
-    """How everybody is trained."""
+    """How everybody is trained.
+
+    Attributes:
+        steps: of the optimizer.
+        learning_rate: its peak.
+        weight_decay: of the weights of products.
+        warm_up: share of the steps.
+        clip: norm of the gradient.
+        noise: share of the steps in which a contestant's own noise, if it has one, grows to full strength.
+    """
 
     steps: int
     learning_rate: float = 3e-3
     weight_decay: float = 0.01
     warm_up: float = 0.05
     clip: float = 1.0
+    noise: float = 0.5
 
 
 class Training:
@@ -59,10 +71,11 @@ class Training:
         self.resume(folder / STATE)
         remaining = range(self.step, self.recipe.steps)
         label = f"{self.task.name}, {self.contestant}, seed {self.seed}"
-        for step in progress_bar(remaining, label, "step"):
-            self.advance(step)
-            if self.step % _SAVE_EVERY == 0 or self.step == self.recipe.steps:
-                self.save(folder / STATE)
+        with _denormals_flushed():
+            for step in progress_bar(remaining, label, "step"):
+                self.advance(step)
+                if self.step % _SAVE_EVERY == 0 or self.step == self.recipe.steps:
+                    self.save(folder / STATE)
         self.network.eval()
         if isinstance(self.network, Titans):
             save_checkpoint(self.network.model, folder / CHECKPOINT)
@@ -72,6 +85,7 @@ class Training:
         """One optimizer step."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate * self._schedule(step)
+        self.network.set_noise(min(1.0, step / (self.recipe.noise * self.recipe.steps)))
         torch.manual_seed(step + (self.seed << 32))  # a resumed training draws what an unbroken one draws
         batch = self.task.training_batch(self.seed, step, self.recipe.steps)
         loss, present = answer_loss(self.network, batch, self.state)
@@ -154,6 +168,16 @@ def answer_loss(network: Network, batch: Batch, state: State) -> tuple[Tensor, S
     asked = targets != IGNORED
     features, present = network(tokens, state)
     return F.cross_entropy(network.head(features[asked]), targets[asked]), present
+
+
+@contextlib.contextmanager
+def _denormals_flushed() -> Iterator[None]:
+    """Gradients that fade over hundreds of tokens end as denormals, which make products ten times slower."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def _optimizer(network: Network, recipe: Recipe) -> torch.optim.Optimizer:

@@ -38,16 +38,17 @@ class _SelectiveScan(torch.autograd.Function):
         read: Tensor,
         first: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """``y (T, B, D)`` and the last state ``(B, D, N)``; inputs begin with ``T``."""
+        """``y (T, B, D)`` and the last state ``(B, N, D)``; ``rate (N, D)``, others begin with ``T``."""
         states = x.new_empty(len(x) + 1, *first.shape)
         states[0] = first
         outputs = torch.empty_like(x)
         written = step * x
+        decay = torch.empty_like(first)
         for t in range(len(x)):
-            decay = torch.mul(step[t, ..., None], rate).exp_()
-            torch.mul(written[t, ..., None], write[t, :, None], out=states[t + 1])
+            torch.mul(step[t, :, None], rate, out=decay).exp_()
+            torch.mul(written[t, :, None], write[t, ..., None], out=states[t + 1])
             states[t + 1].addcmul_(decay, states[t])
-            torch.bmm(states[t + 1], read[t, ..., None], out=outputs[t, ..., None])
+            torch.bmm(read[t, :, None], states[t + 1], out=outputs[t, :, None])
         ctx.save_for_backward(x, step, rate, write, read, states)
         return outputs, states[-1].clone()
 
@@ -55,19 +56,20 @@ class _SelectiveScan(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:  # noqa: ANN401
         """With respect to every input."""
         x, step, rate, write, read, states = ctx.saved_tensors
-        by_output, g = grads[0], grads[1].clone()
+        by_output, g = grads[0].contiguous(), grads[1].clone()
         by_written, by_step = torch.empty_like(x), torch.empty_like(x)
         by_write, by_read, by_rate = torch.empty_like(write), torch.empty_like(read), torch.zeros_like(rate)
         written = step * x
+        decay, by_exponent = torch.empty_like(g), torch.empty_like(g)
         for t in range(len(x) - 1, -1, -1):
-            g.addcmul_(by_output[t, ..., None], read[t, :, None])
-            torch.bmm(by_output[t, :, None], states[t + 1], out=by_read[t, :, None])
-            torch.bmm(written[t, :, None], g, out=by_write[t, :, None])
-            torch.bmm(g, write[t, ..., None], out=by_written[t, ..., None])
-            g.mul_(torch.mul(step[t, ..., None], rate).exp_())
-            by_exponent = g * states[t]
-            torch.sum(by_exponent * rate, -1, out=by_step[t])
-            by_rate += by_exponent.mul_(step[t, ..., None]).sum(0)
+            g.addcmul_(by_output[t, :, None], read[t, ..., None])
+            torch.bmm(states[t + 1], by_output[t, ..., None], out=by_read[t, ..., None])
+            torch.bmm(g, written[t, ..., None], out=by_write[t, ..., None])
+            torch.bmm(write[t, :, None], g, out=by_written[t, :, None])
+            g.mul_(torch.mul(step[t, :, None], rate, out=decay).exp_())
+            torch.mul(g, states[t], out=by_exponent)
+            torch.sum(torch.mul(by_exponent, rate, out=decay), 1, out=by_step[t])
+            by_rate += by_exponent.mul_(step[t, :, None]).sum(0)
         return by_written * step, by_step + by_written * x, by_rate, by_write, by_read, g
 
 
@@ -82,16 +84,16 @@ def selective_scan(
         rate: ``A (D, N)``.
         write: ``B (B, T, N)``.
         read: ``C (B, T, N)``.
-        state: ``h_0 (B, D, N)``.
+        state: ``h_0 (B, N, D)``: channels last, so that what is the same for all of them is read once.
 
     Returns:
         ``y (B, T, D)`` and the last state.
     """
     x, step, write, read = (tensor.transpose(0, 1).contiguous() for tensor in (x, step, write, read))
-    outputs = []
+    outputs, by_state = [], rate.T.contiguous()
     for start in range(0, len(x), _CHUNK):
         part = slice(start, start + _CHUNK)
-        y, state = _SelectiveScan.apply(x[part], step[part], rate, write[part], read[part], state)
+        y, state = _SelectiveScan.apply(x[part], step[part], by_state, write[part], read[part], state)
         outputs.append(y)
     return torch.cat(outputs).transpose(0, 1), state
 
@@ -128,7 +130,7 @@ class Selective(Mixer):
         inner = len(self.direct)
         return {
             "conv": torch.zeros(batch, self.convolution.kernel - 1, inner),
-            "state": torch.zeros(batch, inner, self.states),
+            "state": torch.zeros(batch, self.states, inner),
         }
 
     def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
@@ -138,7 +140,7 @@ class Selective(Mixer):
         x = F.silu(x + self.bias)
         step, write, read = self.selection(x).split([self.rank, self.states, self.states], dim=-1)
         step = F.softplus(self.step_projection(step))
-        written = scaled(x, self.write_spread) if self.write_spread else x
+        written = scaled(x, self.noise * self.write_spread) if self.write_spread else x
         y, present = selective_scan(written, step, -self.log_rate.exp(), write, read, state["state"])
         mixed = self.out_projection((y + self.direct * x) * F.silu(gate))
         return mixed, {"conv": tail, "state": present}

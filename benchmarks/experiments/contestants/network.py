@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from titans_export.layers import FeedForward, RMSNorm
 
+_SEGMENT = 1024
+"""Tokens of a stream that are taken at once, where questions are asked and a state can be carried."""
+
 State = dict[str, Tensor]
 """What a recurrent network knows of the past, by name, rows first; empty if it cannot be carried."""
 
@@ -21,9 +24,17 @@ class Network(nn.Module, ABC):
 
     head: nn.Linear
 
+    def set_noise(self, share: float) -> None:
+        """``share``, 0 to 1, of the noise that this contestant is trained with; most have none."""
+
     def features(self, tokens: Tensor) -> Tensor:
-        """``(B, T)`` int64 → ``(B, T, width)``, from the beginning of a stream."""
-        return self(tokens, self.initial_state(len(tokens)))[0]
+        """``(B, T)`` int64 → ``(B, T, width)``, from a stream's beginning; segment by segment if long."""
+        state = self.initial_state(len(tokens))
+        parts = []
+        for part in tokens.split(_SEGMENT if state else tokens.shape[1], dim=1):
+            features, state = self(part, state)
+            parts.append(features)
+        return torch.cat(parts, dim=1)
 
     @abstractmethod
     def forward(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
@@ -36,6 +47,9 @@ class Network(nn.Module, ABC):
 
 class Mixer(nn.Module, ABC):
     """What moves information from token to token: ``(B, T, width) → (B, T, width)``, causal."""
+
+    noise = 1.0
+    """See :meth:`Network.set_noise`."""
 
     @abstractmethod
     def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
@@ -60,6 +74,11 @@ class Residual(Network):
         self.norm = RMSNorm(width)
         self.head = nn.Linear(width, vocab_size, bias=False)
         nn.init.normal_(self.head.weight, std=0.02)
+
+    def set_noise(self, share: float) -> None:
+        """See :class:`Network`."""
+        for mixer in self.mixers:
+            mixer.noise = share
 
     def forward(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """See :meth:`Network.forward`."""
@@ -88,7 +107,7 @@ def scaled(written: Tensor, spread: float) -> Tensor:
 
     What a token writes where another one reads is noise that grows with the root of their number. With
     factors ``exp(spread · N(0, 1))`` its variance in training is ``exp(2 spread²)`` times what it will be: a
-    row of 256 tokens, at 1.2, holds that of 4,500, and so presses for keys that leave each other alone.
+    row of 256 tokens, at 1.5, holds that of 23,000, and so presses for keys that leave each other alone.
     """
     if not torch.is_grad_enabled():
         return written

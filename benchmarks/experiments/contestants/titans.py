@@ -13,22 +13,19 @@ from titans_export.memory import neural_memory
 from titans_export.memory_layer import Rules
 from titans_export.model import TitansModel
 
-_SEGMENT = 1024
-"""Tokens of a stream that are taken at once, without gradients."""
-
 
 class ScaledWrites:
     """The memory's rule, every token's value multiplied at random: see :func:`~.network.scaled`."""
 
     def __init__(self, spread: float) -> None:
-        """``spread``: standard deviation of the factors' logarithms."""
-        self.spread = spread
+        """``spread``: standard deviation of the factors' logarithms, at a ``share`` of 1."""
+        self.spread, self.share = spread, 1.0
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, *rest: Tensor, tile: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The contract of :func:`titans_export.memory.neural_memory`."""
-        return neural_memory(query, key, scaled(value, self.spread), *rest, tile=tile)
+        return neural_memory(query, key, scaled(value, self.share * self.spread), *rest, tile=tile)
 
 
 class Titans(Network):
@@ -37,8 +34,8 @@ class Titans(Network):
     def __init__(self, config: ModelConfig, edit: float, write_spread: float = 0.0) -> None:
         """``edit``: ``λ`` of every layer; ``write_spread``: see :class:`ScaledWrites`."""
         super().__init__()
-        rules = Rules(exact=ScaledWrites(write_spread)) if write_spread else Rules()
-        self.model = TitansModel(config, rules)
+        self.writes = ScaledWrites(write_spread)
+        self.model = TitansModel(config, Rules(exact=self.writes) if write_spread else Rules())
         self.model.readout_key.requires_grad_(False)
         self.edit: tuple[float, ...] = (edit,) * config.layers
 
@@ -47,15 +44,16 @@ class Titans(Network):
         """The model's."""
         return self.model.head
 
+    def set_noise(self, share: float) -> None:
+        """See :class:`Network`."""
+        self.writes.share = share
+
     def forward(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
-        """See :class:`Network`; a long stream goes segment by segment, its state carried."""
+        """See :meth:`Network.forward`."""
         edit = torch.tensor([self.edit]).expand(len(tokens), -1)
-        length = tokens.shape[1] if torch.is_grad_enabled() else _SEGMENT
-        parts = []
-        for part in tokens.split(length, dim=1):
-            features, state = self.model.features(part, edit, state)
-            parts.append(features)
-        return torch.cat(parts, dim=1), state
+        features: Tensor
+        features, state = self.model.features(tokens, edit, state)
+        return features, state
 
     def initial_state(self, batch: int) -> State:
         """Without the entries of the readout memory, which is edited in the runtime only."""
