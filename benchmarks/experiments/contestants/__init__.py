@@ -74,7 +74,7 @@ def _titans(vocab_size: int, edit: float, write_spread: float = 0.0, **settings:
 
 
 _SSM = {"d_ff": 216, "momentum": False}
-_WRITE_SPREAD = 1.5
+_WRITE_SPREAD = 1.2
 _READOUT_TASKS = (
     "mqar", "induction-fresh", "copy", "selective", "digits", "scan-simple", "scan-length",
     "scan-addprim_jump",

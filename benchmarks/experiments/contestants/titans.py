@@ -18,7 +18,7 @@ class ScaledWrites:
     """The memory's rule, every token's value multiplied at random: see :func:`~.network.scaled`."""
 
     def __init__(self, spread: float) -> None:
-        """``spread``: standard deviation of the factors' logarithms, at a ``share`` of 1."""
+        """``spread``: of the factors' logarithms, at a ``share`` of 1."""
         self.spread, self.share = spread, 1.0
 
     def __call__(
