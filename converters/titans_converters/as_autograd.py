@@ -2,7 +2,7 @@
 
 A graph says what is computed. It does not say where autograd stops, and the exporter joins operators
 whose gradients differ where two values are equal. Both are noted by operators of ours that give what they
-are given, which :func:`titans_converters.gradients.gradient` reads and takes out.
+are given, which :func:`titans_converters.differentiation.gradient` reads and takes out.
 """
 
 from __future__ import annotations

@@ -9,29 +9,21 @@ Gradients are with respect to the state as it came in.
 from __future__ import annotations
 
 import functools
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
-import onnx.inliner
-import onnx.shape_inference
 import onnx_ir as ir
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from titans_converters import memory_op
-from titans_converters.as_autograd import APART, DETACHED
-from titans_converters.onnx import gradient_rules  # noqa: F401 - registers the rules
-from titans_converters.onnx.autodiff import Names, Rule, Tape, Types, captured, pruned, subgraphs
-from titans_converters.onnx.function import ALIKE, GENERAL, INVERSE, INVERTED, PLACES, SIZES, TILED
-from titans_converters.onnx.gradient_rules.elementwise import silus
+from titans_converters.differentiation import gradient
+from titans_converters.onnx.autodiff import Names, Tape, Types
 from titans_converters.onnx.trace import REVEALING
 
 NORM_EPS = 1e-3
 """In the LayerNorm of a deep memory, as ``titans_export.memory.mlp`` has it."""
-
-_LOSS = "loss"
 
 
 def gradient_graphs(
@@ -52,161 +44,6 @@ def gradient_graphs(
     if memories and _layers(_opened(model)[0], model, memories):
         found["gradient.association"] = association_gradient(model, memories)
     return {name: ir.from_proto(proto) for name, proto in found.items()}
-
-
-def gradient(
-    model: ModelProto, memories: Sequence[str], name: str, sources: Mapping[str, str] | None = None
-) -> ModelProto:
-    """Differentiate a graph's output ``loss`` with respect to memories.
-
-    Args:
-        model: with an output ``loss (B,)``, and inputs ``past.<memory>``.
-        memories: names of those whose gradient is wanted.
-        name: of the result, ``gradient.<objective>``.
-        sources: the value to differentiate by, where it is another than ``past.<memory>``.
-
-    Returns:
-        The graph with the outputs of ``model`` and ``grad.<memory>`` for every memory; zero where the loss
-        does not depend on one.
-
-    Raises:
-        ValueError: an operator between the memories and the loss has no derivative here; the message
-            names it.
-    """
-    inlined = onnx.inliner.inline_local_functions(model)
-    general = list(_general(inlined.graph.node))
-    stopped = frozenset(_read_notes(general))
-    del inlined.graph.node[:]
-    inlined.graph.node.extend(general)
-    _rename_sizes(inlined.graph)
-    for suffix in _instances(general):
-        _note_sizes(inlined.graph, suffix)
-    whole = onnx.shape_inference.infer_shapes(inlined, data_prop=True)
-    graph = whole.graph
-    types = Types(graph)
-    for suffix in _instances(graph.node):
-        for part, other in ALIKE.items():
-            types.alias(part + suffix, other + suffix)
-    tape = Tape(graph.node, types, Names())
-    pasts = [f"past.{memory}" for memory in memories]
-    tape.known = dict(silus(graph.node)) | dict(_known(graph.node))
-    tape.stopped = stopped
-    seed = tape.op("ConstantOfShape", tape.op("Shape", _LOSS), value=_one(types.elements[_LOSS]))
-    by = {memory: (sources or {}).get(memory, past) for memory, past in zip(memories, pasts, strict=True)}
-    found = tape.backward({_LOSS: seed}, by.values())
-    inputs = {info.name: info for info in graph.input}
-    outputs = list(graph.output)
-    for memory, past in zip(memories, pasts, strict=True):
-        result, gradient_of = f"grad.{memory}", found.get(by[memory])
-        tape.nodes.append(helper.make_node("Identity", [gradient_of or tape.zeros_like(past)], [result]))
-        outputs.append(_renamed(inputs[past], result))
-    return _model(whole, graph, tape.nodes, outputs, name)
-
-
-_INLINED_INVERSE = re.compile(rf"{INVERSE}((?:__\d+)?)")
-"""A function's values are numbered when it is inlined."""
-
-
-_NUMBER = re.compile(r"__\d+$")
-
-
-def _read_notes(nodes: Iterable[NodeProto]) -> Iterator[str]:
-    """Names of values that autograd takes for constants. Makes plain what noted them, in place."""
-    for node in nodes:
-        if node.domain == memory_op.DOMAIN and node.op_type in (DETACHED, APART):
-            if node.op_type == DETACHED:
-                yield node.output[0]
-            node.domain, node.op_type = "", "Identity"
-            del node.attribute[:]
-
-
-def _general(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
-    """The nodes with the memory rule's general form in place of its choices between forms.
-
-    A choice is differentiated by computing the branch again, within a branch again: three times in all.
-    """
-    for node in nodes:
-        branch = next((graph for graph in subgraphs(node) if graph.name in GENERAL), None)
-        if node.op_type != "If" or branch is None:
-            yield node
-            continue
-        yield from _general(branch.node)
-        for info, name in zip(branch.output, node.output, strict=True):
-            yield helper.make_node("Identity", [info.name], [name])
-
-
-def _known(nodes: Iterable[NodeProto]) -> Iterator[tuple[str, Rule]]:
-    """Rules that know what the memory's function computes, in place of those of its operators.
-
-    One for every ``X = (I + N)⁻¹``: ``dX = -X dN X``. One for all that is laid out in tiles: places of no
-    token get no gradient, since their step is 0 and nobody reads there, so that a gather leads back.
-    """
-    for suffix in _instances(nodes):
-        yield INVERSE + suffix, functools.partial(_inverse_rule, INVERTED + suffix)
-        for name, rows in TILED.items():
-            yield name + suffix, functools.partial(_untiled, rows + suffix, PLACES + suffix)
-
-
-def _instances(nodes: Iterable[NodeProto]) -> list[str]:
-    """What the names of one memory node's values end with once it is inlined, for each that edits.
-
-    All that the rules are told of must be there: a graph of somebody's own may have a value of one such name.
-    """
-    names = {name for node in nodes for name in node.output}
-    found = (match[1] for match in map(_INLINED_INVERSE.fullmatch, names) if match)
-    return sorted(
-        suffix for suffix in found if {name + suffix for name in (INVERTED, PLACES, *TILED)} <= names
-    )
-
-
-def _rename_sizes(graph: GraphProto, loop: bool = False) -> None:
-    """The names of values in what a loop's body says of sizes: inlining numbers those of nodes alone."""
-    if loop:
-        own = {name for node in graph.node for name in node.output}
-        inlined = {_NUMBER.sub("", name): name for name in own}
-        for info in graph.value_info:
-            if info.name not in own:
-                info.name = inlined.get(info.name, info.name)
-    for node in graph.node:
-        for inner in subgraphs(node):
-            _rename_sizes(inner, loop=node.op_type == "Scan")
-
-
-def _note_sizes(graph: GraphProto, suffix: str) -> None:
-    """Which sizes are the same within one memory node, so that no gradient looks for them while it runs."""
-    for node in graph.node:
-        for name in node.output:
-            sizes = SIZES.get(name.removesuffix(suffix)) if name.endswith(suffix) else None
-            if sizes:
-                axes = [f"{size}{suffix}" if isinstance(size, str) else size for size in sizes]
-                graph.value_info.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, axes))
-        for inner in subgraphs(node):
-            _note_sizes(inner, suffix)
-
-
-def _inverse_rule(
-    inverted: str, tape: Tape, node: NodeProto, gradients: list[str | None]
-) -> list[str | None]:
-    (gradient,) = gradients
-    if gradient is not None and tape.wants(inverted):
-        transposed = tape.transposed(node.output[0], 5)
-        whole = tape.op("MatMul", tape.op("MatMul", transposed, gradient), transposed)
-        tape.add_gradient(inverted, tape.op("Neg", whole))
-    return [None]
-
-
-def _untiled(
-    rows: str,
-    places: str,
-    tape: Tape,
-    node: NodeProto,  # noqa: ARG001 - a rule's
-    gradients: list[str | None],
-) -> list[str | None]:
-    (gradient,) = gradients
-    if gradient is None:
-        return [None, None]
-    tokens = tape.op("Gather", tape.op("Reshape", gradient, rows), places, axis=0)
-    return [tape.op("Reshape", tokens, rows), None]
 
 
 def prediction_gradient(model: ir.Model, memories: Sequence[str]) -> ModelProto:
@@ -350,8 +187,9 @@ def _associative_loss(writer: Tape, layer: _Layer, weights: Sequence[str]) -> st
     for weight in weights[1:]:
         answer = writer.op("MatMul", writer.op("Gelu", answer), weight)
     if layer.deep:
-        one = writer.op("ConstantOfShape", writer.op("Shape", layer.key, start=3, end=4), value=_one(1))
-        normal = writer.op("LayerNormalization", answer, one, axis=-1, epsilon=NORM_EPS)
+        one = helper.make_tensor("one", TensorProto.FLOAT, [1], [1])
+        scale = writer.op("ConstantOfShape", writer.op("Shape", layer.key, start=3, end=4), value=one)
+        normal = writer.op("LayerNormalization", answer, scale, axis=-1, epsilon=NORM_EPS)
         answer = writer.op("Add", layer.key, normal)
     error = writer.op("Sub", answer, layer.value)
     squares = writer.op("ReduceSum", writer.op("Mul", error, error), writer.ints(1, 2, 3), keepdims=0)
@@ -416,41 +254,3 @@ def _closed(
         (own,) = (one for one in proto.functions if one.name == name)
         own.CopyFrom(ir.to_proto(function))
     return proto
-
-
-def _renamed(info: onnx.ValueInfoProto, name: str) -> onnx.ValueInfoProto:
-    copy = onnx.ValueInfoProto()
-    copy.CopyFrom(info)
-    copy.name = name
-    return copy
-
-
-def _one(element: int) -> TensorProto:
-    return helper.make_tensor("one", element, [1], [1])
-
-
-def _model(
-    whole: ModelProto,
-    graph: GraphProto,
-    nodes: Sequence[NodeProto],
-    outputs: Sequence[onnx.ValueInfoProto],
-    name: str,
-) -> ModelProto:
-    """The model of the nodes that the outputs need."""
-    kept = pruned(nodes, [info.name for info in outputs])
-    used = {value for node in kept for value in _values(node)}
-    result = helper.make_graph(
-        kept,
-        name,
-        [info for info in graph.input if info.name in used],
-        outputs,
-        [tensor for tensor in graph.initializer if tensor.name in used],
-    )
-    opsets = [opset for opset in whole.opset_import if opset.domain != memory_op.DOMAIN]
-    return helper.make_model(result, opset_imports=opsets, ir_version=whole.ir_version)
-
-
-def _values(node: NodeProto) -> Iterable[str]:
-    yield from node.input
-    for inner in subgraphs(node):
-        yield from captured(inner)

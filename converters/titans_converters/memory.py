@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from titans_converters.as_autograd import as_autograd
+from titans_converters.differentiation import gradient
 from titans_converters.gradient_check import check_gradient
-from titans_converters.gradients import gradient
 from titans_converters.onnx.trace import to_proto, trace
 from titans_converters.program import Axes, Program
 

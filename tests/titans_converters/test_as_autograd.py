@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from titans_converters import gradient_check
-from titans_converters.gradients import gradient
+from titans_converters.differentiation import gradient
 from titans_converters.memory import memory_gradient
 
 WIDTH = 6

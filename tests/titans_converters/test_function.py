@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tests.titans_export.memory_inputs import MemoryCase, memory_cases, relative_error
 from titans_converters import memory_op
-from titans_converters.gradients import gradient
+from titans_converters.differentiation import gradient
 from titans_converters.onnx.function import OPSET, neural_memory_function
 from titans_export.memory import token_loop
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from titans_converters.gradients import gradient
+from titans_converters.differentiation import gradient
 from titans_converters.memory import memory_answer, memory_gradient
 from titans_converters.onnx.autodiff import RULES
 

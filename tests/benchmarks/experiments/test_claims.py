@@ -18,7 +18,6 @@ CONTESTANTS = {
     "*untrained* weights": "titans-untrained",
     "Titans MAC": "titans-mac",
     "Mamba": "mamba",
-    "Mamba, writes scaled alike": "mamba-scaled",
     "LSTM": "lstm",
     "S4D": "s4d",
     "Transformer": "transformer",

@@ -47,6 +47,25 @@ def test_a_stopped_training_ends_as_an_unbroken_one(tmp_path: Path, contestant: 
         assert torch.equal(tensor, network.state_dict()[name]), name
 
 
+def test_denormals_are_flushed_in_training_and_nowhere_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed = torch.set_flush_denormal(True)
+    torch.set_flush_denormal(False)
+    if not flushed:
+        pytest.skip("this processor cannot flush denormals")
+    seen, advance = [], Training.advance
+
+    def watched(training: Training, step: int) -> None:
+        seen.append(float(torch.full((4,), 2e-38).mul(0.1).sum()))
+        advance(training, step)
+
+    monkeypatch.setattr(Training, "advance", watched)
+    Training(small(), "lstm", 0, Recipe(steps=2)).run(tmp_path)
+    assert seen == [0.0, 0.0]
+    assert float(torch.full((4,), 2e-38).mul(0.1).sum()) > 0
+
+
 def test_some_rows_go_on_from_the_state_that_was_left() -> None:
     training = Training(replace(small(), batch=40, carry=0.5), "lstm", 0, Recipe(steps=4))
     training.advance(0)
