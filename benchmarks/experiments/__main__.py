@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
             Wanted(task, contestant, seed, steps[task.name], args.out)
             for seed in args.seeds  # a whole table with one seed comes first
             for task in tasks
-            for contestant in args.contestants or entrants(task.name)
+            for contestant in reversed(args.contestants or entrants(task.name))  # the slowest first
         ]
         missing = [one for one in wanted if not one.done(_read(path))]
         with contextlib.closing(rows_of(missing, args.jobs, args.threads)) as found:

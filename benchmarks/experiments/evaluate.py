@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from titans_runtime.progress import progress_bar
 
 _TOKENS = 131_072
 """Of a call in PyTorch, over all rows."""
+_ROWS = 16
+"""Of such a call at least, where streams go segment by segment: fewer are too little to do at once."""
 _MEMORIES = 2**20
 """Numbers in the readout memories of a call: every row has its own, and all should stay in cache."""
 _STRENGTHS = (0.03, 0.1, 0.3, 1.0)
@@ -80,7 +83,11 @@ def evaluated(
     """
     tests = [(test, examples(test, number)) for number, test in enumerate(task.tests)]
     if not isinstance(network, Titans):
-        scores = {key(test): scored(batch, answers(network, batch)) for test, batch in tests}
+        scores = {}
+        for test, batch in tests:
+            scores[key(test)] = scored(batch, answers(network, batch))
+            if ended(task, test, scores[key(test)]):
+                break
         return [{"way": "as trained", "setting": "", "scores": scores}]
     ways = [Way("as trained", network.edit)]
     names = [name for name in CONTESTANTS[contestant].ways if name in task.ways]
@@ -96,8 +103,21 @@ def evaluated(
             own = titans_answers(network, way, batch)
             theirs = runtime_answers(model, way, batch, own)
             scores[key(test)] = scored(batch, own) | {"agree": int((own == theirs).all(axis=1).sum())}
+            if ended(task, test, scores[key(test)]):
+                break
         rows.append({"way": way.name, "setting": way.setting, "scores": scores})
     return rows
+
+
+def ended(task: Task, test: Test, score: dict[str, Any]) -> bool:
+    """Whether a row that answered ``test`` so is asked no longer one: see ``ends`` of :class:`Task`.
+
+    Guessing is what lies within two standard deviations of chance.
+    """
+    if task.ends is None or test.size < task.ends:
+        return False
+    deviation = math.sqrt(task.chance * (1 - task.chance) / score["examples"])
+    return bool(score["token"] <= task.chance + 2 * deviation)
 
 
 def key(test: Test) -> str:
@@ -148,7 +168,8 @@ def chosen_ways(task: Task, network: Titans, model: tr.Model, names: Sequence[st
 def answers(network: Network, batch: Batch) -> Ids:
     """What the network answers where it is asked, ``(B, T)``; ``IGNORED`` elsewhere, and if not finite."""
     found = np.full(batch.targets.shape, IGNORED)
-    for rows in _calls(batch):
+    least = _ROWS if network.initial_state(1) else 1
+    for rows in _calls(batch, least=least):
         asked = torch.from_numpy(batch.targets[rows]) != IGNORED
         with torch.no_grad():
             features = network.features(torch.from_numpy(batch.tokens[rows]))
@@ -208,10 +229,10 @@ def _strength(network: Titans, edit: tuple[float, ...]) -> Any:  # noqa: ANN401 
         network.edit = before
 
 
-def _calls(batch: Batch, most: int | None = None) -> list[slice]:
+def _calls(batch: Batch, most: int | None = None, least: int = 1) -> list[slice]:
     """Rows of every call."""
     count, tokens = batch.tokens.shape
-    step = max(1, min(most or count, _TOKENS // tokens))
+    step = max(least, min(most or count, _TOKENS // tokens))
     return [slice(start, start + step) for start in range(0, count, step)]
 
 
@@ -220,6 +241,7 @@ __all__ = [
     "answers",
     "best_answers",
     "chosen_ways",
+    "ended",
     "evaluated",
     "key",
     "runtime_answers",

@@ -84,6 +84,12 @@ def table(name: str, tasks: Sequence[Task], rows: Rows, seeds: Sequence[int], st
     trained = ", ".join(f"{task.name} {steps[task.name]:,}" for task in tasks)
     parts += [f"Chance: {chance}. Steps of training: {trained}. Cells: mean over the seeds (least-greatest)."]
     parts += [
+        f"{task.name}: from {task.ends:,} on, who answers no more than guessing would (two standard "
+        "deviations) is asked no longer ones; a cell is there if every seed was asked."
+        for task in tasks
+        if task.ends
+    ]
+    parts += [
         f"{task.name}: a training row begins, with probability {task.carry:g}, with the state that another "
         "sequence left, where the network has one."
         for task in tasks
@@ -114,10 +120,7 @@ def _lines(rows: Rows, tests: Sequence[Test], measure: str) -> list[str]:
     ]
     for contestant, way in lines_of(rows):
         own = [row for row in rows if (row["contestant"], row["way"]) == (contestant, way)]
-        cells = [
-            _cell([row["scores"][key(test)][measure] for row in own if key(test) in row["scores"]])
-            for test in tests
-        ]
+        cells = [_cell(_shares(own, test, measure)) for test in tests]
         scores = [row["scores"][key(test)] for row in own for test in tests if key(test) in row["scores"]]
         checked = [score for score in scores if "agree" in score]
         agree = (
@@ -132,6 +135,15 @@ def _lines(rows: Rows, tests: Sequence[Test], measure: str) -> list[str]:
             + f" | {agree} | {seeds} |"
         )
     return written
+
+
+def _shares(own: Rows, test: Test, measure: str) -> list[float]:
+    """Of every seed; none if not every seed was asked, since those that were are the better ones."""
+    asked = [row for row in own if key(test) in row["scores"]]
+    tasks = {row["task"] for row in asked}
+    if len(asked) < sum(row["task"] in tasks for row in own):
+        return []
+    return [row["scores"][key(test)][measure] for row in asked]
 
 
 def _without_model(tasks: Sequence[Task], tests: Sequence[Test], measure: str) -> list[str]:
@@ -229,11 +241,8 @@ def _draw_table(axes: Any, tasks: Sequence[Task], tests: Sequence[Test]) -> None
 
 def _draw_line(axes: Any, tests: Sequence[Test], rows: Rows, contestant: str, way: str, measure: str) -> None:  # noqa: ANN401
     """Mean and range over the seeds, where a test was asked."""
-    own = [row["scores"] for row in rows if (row["contestant"], row["way"]) == (contestant, way)]
-    points = {
-        test.size: [100 * scores[key(test)][measure] for scores in own if key(test) in scores]
-        for test in tests
-    }
+    own = [row for row in rows if (row["contestant"], row["way"]) == (contestant, way)]
+    points = {test.size: [100 * share for share in _shares(own, test, measure)] for test in tests}
     points = {size: shares for size, shares in points.items() if shares}
     means = [statistics.mean(shares) for shares in points.values()]
     below = [statistics.mean(shares) - min(shares) for shares in points.values()]

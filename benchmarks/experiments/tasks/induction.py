@@ -78,5 +78,6 @@ INDUCTION = replace(
     steps=1000,
     carry=0.9,
     curriculum=(0.2, 0.5),
+    ends=4096,  # longer streams are most of the questions' time, and many a contestant forgets before
     ways=("off", "fused"),
 )

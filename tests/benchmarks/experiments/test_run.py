@@ -141,8 +141,38 @@ def test_answers_do_not_depend_on_how_rows_are_called(monkeypatch: pytest.Monkey
     batch = examples(small().tests[1], 0)
     whole = answers(network, batch)
     monkeypatch.setattr(evaluate, "_TOKENS", batch.tokens.shape[1])
-    assert np.array_equal(answers(network, batch), whole)
+    for least in (1, 2):
+        monkeypatch.setattr(evaluate, "_ROWS", least)
+        assert np.array_equal(answers(network, batch), whole)
     assert np.array_equal(whole == IGNORED, batch.targets == IGNORED)
+
+
+@pytest.mark.parametrize("contestant", ["lstm", "titans-ssm"])
+def test_who_guesses_is_asked_no_longer_questions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, contestant: str
+) -> None:
+    task = replace(small(), ways=(), ends=small().tests[1].size, tests=small().tests[:2] + MQAR.tests[4:5])
+    assert [test.size for test in task.tests] == sorted(test.size for test in task.tests)
+    task = replace(task, tests=tuple(replace(test, examples=3) for test in task.tests))
+
+    def asked(right: bool) -> int:
+        monkeypatch.setattr(
+            evaluate, "answers", lambda _, batch: batch.targets if right else 0 * batch.targets
+        )
+        (row,) = trainings.measured(task, contestant, 0, 1, tmp_path)
+        return len(row["scores"])
+
+    assert (asked(right=True), asked(right=False)) == (3, 2)
+
+
+@pytest.mark.parametrize(("right", "ends"), [(0, True), (9, True), (15, True), (17, False), (100, False)])
+def test_guessing_is_two_deviations_above_chance_at_most(right: int, ends: bool) -> None:
+    task = replace(small(), chance=0.1, ends=8)
+    (short, long) = (replace(task.tests[0], size=size) for size in (7, 8))
+    score = {"token": right / 100, "examples": 100}
+    assert evaluate.ended(task, long, score) is ends
+    assert not evaluate.ended(task, short, score)
+    assert not evaluate.ended(replace(task, ends=None), long, score)
 
 
 def test_long_examples_are_not_edited_by_prediction() -> None:
@@ -182,8 +212,8 @@ def test_one_command_trains_asks_and_writes(
     rows = json.loads((tmp_path / "results" / "mqar-2.json").read_text())
     ways = [(row["contestant"], row["way"]) for row in rows]
     assert ways == [
-        ("s4d", "as trained"),
         *(("titans-ssm", way) for way in ("as trained", "fused", "readout", "prediction")),
+        ("s4d", "as trained"),
     ]
     for row in rows:
         for score in row["scores"].values():
@@ -249,3 +279,29 @@ def test_a_table_has_mean_and_spread() -> None:
     text = table("mqar", (task,), rows, [0, 1, 2], {"mqar": 9})
     assert "| LSTM | 100 k | 50.0 (25.0-75.0) |" in text
     assert "mqar: lstm (seed 2)" in text
+    assert "is asked no longer" not in text
+
+
+def test_a_cell_is_there_if_every_seed_was_asked() -> None:
+    """Else it would show the seeds that do well."""
+    task = replace(small(), ends=8)
+    first, second, third = (f"{test.group}/{test.label}" for test in task.tests)
+    row = {
+        "task": "mqar",
+        "contestant": "lstm",
+        "way": "as trained",
+        "setting": "",
+        "steps": 9,
+        "parameters": 1000,
+    }
+    score = {"token": 0.5, "exact": 0.5, "examples": 4}
+    rows = [
+        {**row, "seed": 0, "scores": {first: score, second: score, third: score}},
+        {**row, "seed": 1, "scores": {first: score, second: score}},
+    ]
+    text = table("mqar", (task,), rows, [0, 1], {"mqar": 9})
+    cells = text[text.index("| LSTM") :].splitlines()[0].split(" | ")
+    assert cells[2:4] == ["50.0", "50.0"]
+    other = text[text.rindex("| LSTM") :].splitlines()[0].split(" | ")
+    assert other[2] == "–"
+    assert "from 8 on, who answers no more than guessing would" in text
