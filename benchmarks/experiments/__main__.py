@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.experiments import report
-from benchmarks.experiments.contestants import CONTESTANTS, entrants
+from benchmarks.experiments.contestants import CONTESTANTS, slowest_first
 from benchmarks.experiments.tasks import EXPERIMENTS
 from benchmarks.experiments.tasks.task import Task
 from benchmarks.experiments.trainings import Wanted, rows_of
@@ -76,6 +76,8 @@ def run(args: argparse.Namespace) -> None:
     for name in ("steps", "threads", "jobs"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UsageError(f"--{name} {getattr(args, name)}: must be 1 or more")
+    if min(args.seeds) < 0:
+        raise UsageError(f"--seeds {min(args.seeds)}: must be 0 or more")
     torch.set_num_threads(args.threads)
     tasks = EXPERIMENTS[args.task]
     steps = {task.name: args.steps or task.steps for task in tasks}
@@ -86,9 +88,9 @@ def run(args: argparse.Namespace) -> None:
         args.results.mkdir(parents=True, exist_ok=True)
         wanted = [
             Wanted(task, contestant, seed, steps[task.name], args.out)
-            for seed in args.seeds  # a whole table with one seed comes first
+            for seed in dict.fromkeys(args.seeds)  # a whole table with one seed comes first
             for task in tasks
-            for contestant in reversed(args.contestants or entrants(task.name))  # the slowest first
+            for contestant in dict.fromkeys(args.contestants or slowest_first(task.name))
         ]
         missing = [one for one in wanted if not one.done(_read(path))]
         with contextlib.closing(rows_of(missing, args.jobs, args.threads)) as found:

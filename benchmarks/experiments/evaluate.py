@@ -34,7 +34,7 @@ _CHUNK = {"readout": 8, "prediction": 16}
 _LONGEST = {"prediction": 200, "readout": 5_000}
 """Tokens of the longest examples that are edited so, in PyTorch by autograd: longer ones would take hours."""
 _TIE = 1e-5
-"""Of the largest logit: answers no further apart than this are tied, and rounding decides which is named."""
+"""Of the logits' range: answers closer than this are tied, and rounding decides which is named."""
 _DEVELOPMENT = 10_000
 """Numbers of development tests begin here."""
 
@@ -112,9 +112,9 @@ def evaluated(
 def ended(task: Task, test: Test, score: dict[str, Any]) -> bool:
     """Whether a row that answered ``test`` so is asked no longer one: see ``ends`` of :class:`Task`.
 
-    Guessing is what lies within two standard deviations of chance.
+    Guessing is what lies within two standard deviations of chance, one answer an example.
     """
-    if task.ends is None or test.size < task.ends:
+    if test.size != task.ends:
         return False
     deviation = math.sqrt(task.chance * (1 - task.chance) / score["examples"])
     return bool(score["token"] <= task.chance + 2 * deviation)
@@ -213,10 +213,13 @@ def runtime_answers(model: tr.Model, way: Way, batch: Batch, own: Ids) -> Ids:
 
 
 def best_answers(logits: npt.NDArray[np.float32], own: Ids) -> Ids:
-    """The best of ``logits (N, V)``, and ``own (N,)`` where that is an answer as good to within rounding."""
+    """The best of ``logits (N, V)``, and ``own (N,)`` where that is an answer as good to within rounding.
+
+    Where all are as good, nothing is known, and no answer is taken for another.
+    """
     best = logits.argmax(axis=-1)
     behind = logits.max(axis=-1) - np.take_along_axis(logits, own[:, None], axis=-1)[:, 0]
-    tied = (own != IGNORED) & (behind <= _TIE * np.abs(logits).max(axis=-1))
+    tied = (own != IGNORED) & (behind < _TIE * np.ptp(logits, axis=-1))
     return np.where(tied, own, best)
 
 

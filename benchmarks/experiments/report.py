@@ -84,8 +84,8 @@ def table(name: str, tasks: Sequence[Task], rows: Rows, seeds: Sequence[int], st
     trained = ", ".join(f"{task.name} {steps[task.name]:,}" for task in tasks)
     parts += [f"Chance: {chance}. Steps of training: {trained}. Cells: mean over the seeds (least-greatest)."]
     parts += [
-        f"{task.name}: from {task.ends:,} on, who answers no more than guessing would (two standard "
-        "deviations) is asked no longer ones; a cell is there if every seed was asked."
+        f"{task.name}: who answers no more of {task.ends:,} than guessing would (two standard deviations) is "
+        'asked no longer ones; "2 of 3" is the mean of the seeds that were.'
         for task in tasks
         if task.ends
     ]
@@ -120,7 +120,7 @@ def _lines(rows: Rows, tests: Sequence[Test], measure: str) -> list[str]:
     ]
     for contestant, way in lines_of(rows):
         own = [row for row in rows if (row["contestant"], row["way"]) == (contestant, way)]
-        cells = [_cell(_shares(own, test, measure)) for test in tests]
+        cells = [_cell(*_shares(own, test, measure)) for test in tests]
         scores = [row["scores"][key(test)] for row in own for test in tests if key(test) in row["scores"]]
         checked = [score for score in scores if "agree" in score]
         agree = (
@@ -137,13 +137,12 @@ def _lines(rows: Rows, tests: Sequence[Test], measure: str) -> list[str]:
     return written
 
 
-def _shares(own: Rows, test: Test, measure: str) -> list[float]:
-    """Of every seed; none if not every seed was asked, since those that were are the better ones."""
+def _shares(own: Rows, test: Test, measure: str) -> tuple[list[float], int]:
+    """Of every seed that was asked, and how many were not."""
     asked = [row for row in own if key(test) in row["scores"]]
     tasks = {row["task"] for row in asked}
-    if len(asked) < sum(row["task"] in tasks for row in own):
-        return []
-    return [row["scores"][key(test)][measure] for row in asked]
+    absent = sum(row["task"] in tasks for row in own) - len(asked)
+    return [row["scores"][key(test)][measure] for row in asked], absent
 
 
 def _without_model(tasks: Sequence[Task], tests: Sequence[Test], measure: str) -> list[str]:
@@ -167,14 +166,17 @@ def _published(name: str, tests: Sequence[Test]) -> list[str]:
     ]
 
 
-def _cell(values: list[float]) -> str:
+def _cell(values: list[float], absent: int = 0) -> str:
     if not values:
         return "–"
     shares = [100 * value for value in values]
     mean = f"{statistics.mean(shares):.1f}"
-    if len(shares) == 1 or max(shares) - min(shares) < 0.05:
-        return mean
-    return f"{mean} ({min(shares):.1f}-{max(shares):.1f})"
+    notes = []
+    if max(shares) - min(shares) >= 0.05:
+        notes.append(f"{min(shares):.1f}-{max(shares):.1f}")
+    if absent:
+        notes.append(f"{len(shares)} of {len(shares) + absent}")
+    return f"{mean} ({'; '.join(notes)})" if notes else mean
 
 
 def _missing(tasks: Sequence[Task], rows: Rows, seeds: Sequence[int]) -> list[str]:
@@ -242,7 +244,7 @@ def _draw_table(axes: Any, tasks: Sequence[Task], tests: Sequence[Test]) -> None
 def _draw_line(axes: Any, tests: Sequence[Test], rows: Rows, contestant: str, way: str, measure: str) -> None:  # noqa: ANN401
     """Mean and range over the seeds, where a test was asked."""
     own = [row for row in rows if (row["contestant"], row["way"]) == (contestant, way)]
-    points = {test.size: [100 * share for share in _shares(own, test, measure)] for test in tests}
+    points = {test.size: [100 * share for share in _shares(own, test, measure)[0]] for test in tests}
     points = {size: shares for size, shares in points.items() if shares}
     means = [statistics.mean(shares) for shares in points.values()]
     below = [statistics.mean(shares) - min(shares) for shares in points.values()]

@@ -41,7 +41,6 @@ class Recipe:
         weight_decay: of the weights of products.
         warm_up: share of the steps.
         clip: norm of the gradient.
-        noise: share of the steps in which a contestant's own noise, if it has one, grows to full strength.
     """
 
     steps: int
@@ -49,7 +48,6 @@ class Recipe:
     weight_decay: float = 0.01
     warm_up: float = 0.05
     clip: float = 1.0
-    noise: float = 0.5
 
 
 class Training:
@@ -77,6 +75,7 @@ class Training:
                 if self.step % _SAVE_EVERY == 0 or self.step == self.recipe.steps:
                     self.save(folder / STATE)
         self.network.eval()
+        self.network.set_noise(0.0)
         if isinstance(self.network, Titans):
             save_checkpoint(self.network.model, folder / CHECKPOINT)
         return self.network
@@ -85,7 +84,7 @@ class Training:
         """One optimizer step."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate * self._schedule(step)
-        self.network.set_noise(min(1.0, step / (self.recipe.noise * self.recipe.steps)))
+        self.network.set_noise(step / self.recipe.steps)
         torch.manual_seed(step + (self.seed << 32))  # a resumed training draws what an unbroken one draws
         batch = self.task.training_batch(self.seed, step, self.recipe.steps)
         loss, present = answer_loss(self.network, batch, self.state)
@@ -172,7 +171,10 @@ def answer_loss(network: Network, batch: Batch, state: State) -> tuple[Tensor, S
 
 @contextlib.contextmanager
 def _denormals_flushed() -> Iterator[None]:
-    """Gradients that fade over hundreds of tokens end as denormals, which make products ten times slower."""
+    """Gradients that fade over hundreds of tokens end as denormals, which make products ten times slower.
+
+    Of this thread, and of those that it starts meanwhile.
+    """
     torch.set_flush_denormal(True)
     try:
         yield

@@ -140,7 +140,7 @@ class Selective(Mixer):
         x = F.silu(x + self.bias)
         step, write, read = self.selection(x).split([self.rank, self.states, self.states], dim=-1)
         step = F.softplus(self.step_projection(step))
-        written = scaled(x, self.noise * self.write_spread) if self.write_spread else x
+        written = scaled(x, self.noise * self.write_spread)
         y, present = selective_scan(written, step, -self.log_rate.exp(), write, read, state["state"])
         mixed = self.out_projection((y + self.direct * x) * F.silu(gate))
         return mixed, {"conv": tail, "state": present}

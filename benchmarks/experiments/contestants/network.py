@@ -25,7 +25,10 @@ class Network(nn.Module, ABC):
     head: nn.Linear
 
     def set_noise(self, share: float) -> None:
-        """``share``, 0 to 1, of the noise that this contestant is trained with; most have none."""
+        """``share``, 0 to 1, of the noise that this contestant is trained with; most have none.
+
+        0 until training says otherwise, and again when it is over: an open editor takes gradients, too.
+        """
 
     def features(self, tokens: Tensor) -> Tensor:
         """``(B, T)`` int64 → ``(B, T, width)``, from a stream's beginning; segment by segment if long."""
@@ -48,7 +51,7 @@ class Network(nn.Module, ABC):
 class Mixer(nn.Module, ABC):
     """What moves information from token to token: ``(B, T, width) → (B, T, width)``, causal."""
 
-    noise = 1.0
+    noise = 0.0
     """See :meth:`Network.set_noise`."""
 
     @abstractmethod
@@ -107,10 +110,10 @@ def scaled(written: Tensor, spread: float) -> Tensor:
 
     What a token writes where another one reads is noise that grows with the root of their number. A small
     write among all others reads like a plain one among ``e^(2 spread) cosh(2 spread)`` times as many tokens:
-    a row of 256, at 1.2, holds the noise of 15,700 for every second answer, and so presses for keys that
-    leave each other alone. Only while gradients are taken.
+    a row of 256, at 2, holds the noise of 380,000 for every second answer, and so presses for keys that
+    leave each other alone.
     """
-    if not torch.is_grad_enabled():
+    if not spread:
         return written
     batch, *middle, tokens, _ = written.shape
     signs = 2.0 * torch.randint(0, 2, (batch, *[1] * len(middle), tokens, 1)) - 1.0

@@ -18,8 +18,8 @@ class ScaledWrites:
     """The memory's rule, every token's value multiplied at random: see :func:`~.network.scaled`."""
 
     def __init__(self, spread: float) -> None:
-        """``spread``: of the factors' logarithms, at a ``share`` of 1."""
-        self.spread, self.share = spread, 1.0
+        """``spread``: of the factors' logarithms, at a ``share`` of 1; 0 is what it begins with."""
+        self.spread, self.share = spread, 0.0
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, *rest: Tensor, tile: int

@@ -66,8 +66,8 @@ class Task:
         carry: probability that a training row begins with the state that the row before it left, where a
             network has one; without gradients through it, and no answer depends on anything before it.
         curriculum: shares of a training where longer examples begin, and where all lengths are reached.
-        ends: of tests that grow: the size from which on a row that answers no more than guessing would is
-            asked no longer one; None to ask all of them.
+        ends: of tests that grow: the size at which a row that answers no more than guessing would is asked
+            no longer one; None to ask all of them.
         ways: to edit Titans models at test time that are asked about; each costs as much time as the test.
         measure: what is plotted: ``token``, single answers, or ``exact``, examples with all answers right.
     """

@@ -14,13 +14,15 @@ import torch
 
 from benchmarks.experiments import __main__ as command
 from benchmarks.experiments import evaluate, trainings
-from benchmarks.experiments.contestants import CONTESTANTS
+from benchmarks.experiments.contestants import CONTESTANTS, entrants, slowest_first
+from benchmarks.experiments.contestants.titans import Titans
 from benchmarks.experiments.evaluate import Way, answers, scored
 from benchmarks.experiments.report import table
 from benchmarks.experiments.tasks import EXPERIMENTS
 from benchmarks.experiments.tasks.recall import MQAR
 from benchmarks.experiments.tasks.task import IGNORED, Batch, Task, examples
 from benchmarks.experiments.train import CHECKPOINT, STATE, Recipe, Training
+from titans_export.peers.autograd import AutogradRunner
 from titans_export.training.checkpoint import load_checkpoint
 from titans_runtime import Editor
 from titans_runtime.errors import DataError
@@ -81,18 +83,41 @@ def test_some_rows_go_on_from_the_state_that_was_left() -> None:
     assert alone.loss != training.loss
 
 
-def test_noise_grows_in_the_first_part_of_a_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    training, shares = Training(small(), "titans-scaled", 0, Recipe(steps=8)), []
+def test_noise_grows_through_a_training_and_ends_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training, shares = Training(small(), "titans-scaled", 0, Recipe(steps=4)), []
     monkeypatch.setattr(training.network, "set_noise", shares.append)
-    for step in range(8):
-        training.advance(step)
-    assert shares == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0]
+    training.run(tmp_path)
+    assert shares == [0.0, 0.25, 0.5, 0.75, 0.0]
+
+
+def test_who_is_trained_with_noise_is_asked_without(tmp_path: Path) -> None:
+    """An open editor's lessons take gradients, as training does."""
+    task = small()
+    network = Training(task, "titans-scaled", 0, Recipe(steps=2)).run(tmp_path)
+    assert isinstance(network, Titans)
+    way = Way("readout", network.edit, Editor(objective="readout", step=3.0, chunk=8))
+    runner = AutogradRunner(network.model, way.editor)
+    logits = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        runner.start(5, 1.0)
+        logits.append(runner.append(examples(task.tests[1], 0).tokens))
+    runner.close()
+    assert np.array_equal(*logits)
 
 
 def test_of_tied_answers_the_exports_is_pytorchs() -> None:
     logits = np.array([[4, 1, 4 - 2e-5], [4, 1, 4 - 2e-4], [-4, -1, -1], [0, 0, -1]], np.float32)
     own = np.array([2, 2, 2, IGNORED])
     assert evaluate.best_answers(logits, own).tolist() == [2, 0, 2, 0]
+
+
+@pytest.mark.parametrize("logits", [[0, 0, 0], [7, 7, 7], [np.inf, 1, 2], [1, np.nan, 0]])
+def test_who_knows_nothing_agrees_with_nobody(logits: list[float]) -> None:
+    named = evaluate.best_answers(np.array([logits], np.float32), np.array([2]))
+    assert named.tolist() != [2]
 
 
 def test_choosing_prefers_steps_that_the_export_answers_alike(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,9 +176,8 @@ def test_answers_do_not_depend_on_how_rows_are_called(monkeypatch: pytest.Monkey
 def test_who_guesses_is_asked_no_longer_questions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, contestant: str
 ) -> None:
-    task = replace(small(), ways=(), ends=small().tests[1].size, tests=small().tests[:2] + MQAR.tests[4:5])
-    assert [test.size for test in task.tests] == sorted(test.size for test in task.tests)
-    task = replace(task, tests=tuple(replace(test, examples=3) for test in task.tests))
+    tests = tuple(replace(test, examples=3) for test in MQAR.tests[:5:2])
+    task = replace(small(), ways=(), ends=tests[1].size, tests=tests)
 
     def asked(right: bool) -> int:
         monkeypatch.setattr(
@@ -168,11 +192,11 @@ def test_who_guesses_is_asked_no_longer_questions(
 @pytest.mark.parametrize(("right", "ends"), [(0, True), (9, True), (15, True), (17, False), (100, False)])
 def test_guessing_is_two_deviations_above_chance_at_most(right: int, ends: bool) -> None:
     task = replace(small(), chance=0.1, ends=8)
-    (short, long) = (replace(task.tests[0], size=size) for size in (7, 8))
     score = {"token": right / 100, "examples": 100}
-    assert evaluate.ended(task, long, score) is ends
-    assert not evaluate.ended(task, short, score)
-    assert not evaluate.ended(replace(task, ends=None), long, score)
+    for size in (7, 8, 9):
+        test = replace(task.tests[0], size=size)
+        assert evaluate.ended(task, test, score) is (ends and size == 8)
+        assert not evaluate.ended(replace(task, ends=None), test, score)
 
 
 def test_long_examples_are_not_edited_by_prediction() -> None:
@@ -212,8 +236,8 @@ def test_one_command_trains_asks_and_writes(
     rows = json.loads((tmp_path / "results" / "mqar-2.json").read_text())
     ways = [(row["contestant"], row["way"]) for row in rows]
     assert ways == [
-        *(("titans-ssm", way) for way in ("as trained", "fused", "readout", "prediction")),
         ("s4d", "as trained"),
+        *(("titans-ssm", way) for way in ("as trained", "fused", "readout", "prediction")),
     ]
     for row in rows:
         for score in row["scores"].values():
@@ -232,14 +256,22 @@ def test_one_command_trains_asks_and_writes(
     monkeypatch.setattr(trainings, "measured", pytest.fail)
     assert command.main() == 0
 
-    monkeypatch.setattr("sys.argv", [*arguments, "--jobs", "0"])
-    assert command.main() == 2
-    assert "--jobs 0" in capsys.readouterr().err
+    for wrong in (["--jobs", "0"], ["--seeds", "3", "-1"]):
+        monkeypatch.setattr("sys.argv", [*arguments, *wrong])
+        assert command.main() == 2
+        assert f"{wrong[0]} {wrong[-1]}: must be" in capsys.readouterr().err
+
+
+def test_all_take_part_and_no_quick_one_goes_first() -> None:
+    for task in ("induction", "mqar"):
+        names = slowest_first(task)
+        assert sorted(names) == sorted(entrants(task))
+        assert set(names[-3:]) == {"transformer", "s4d", "lstm"}
 
 
 def test_each_number_of_steps_has_files_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(EXPERIMENTS, "mqar", (replace(small(), steps=3),))
-    arguments = ["experiments", "mqar", "--seeds", "0", "--contestants", "lstm"]
+    arguments = ["experiments", "mqar", "--seeds", "0", "0", "--contestants", "lstm", "lstm"]
     arguments += ["--out", str(tmp_path / "out"), "--results", str(tmp_path)]
     for steps in ([], ["--steps", "2"], ["--steps", "3"]):
         monkeypatch.setattr("sys.argv", [*arguments, *steps])
@@ -282,8 +314,8 @@ def test_a_table_has_mean_and_spread() -> None:
     assert "is asked no longer" not in text
 
 
-def test_a_cell_is_there_if_every_seed_was_asked() -> None:
-    """Else it would show the seeds that do well."""
+def test_a_cell_says_if_not_every_seed_was_asked() -> None:
+    """It shows those that do well."""
     task = replace(small(), ends=8)
     first, second, third = (f"{test.group}/{test.label}" for test in task.tests)
     row = {
@@ -294,14 +326,14 @@ def test_a_cell_is_there_if_every_seed_was_asked() -> None:
         "steps": 9,
         "parameters": 1000,
     }
-    score = {"token": 0.5, "exact": 0.5, "examples": 4}
+    score, better = ({"token": share, "exact": share, "examples": 4} for share in (0.5, 0.75))
     rows = [
-        {**row, "seed": 0, "scores": {first: score, second: score, third: score}},
+        {**row, "seed": 0, "scores": {first: better, second: score, third: score}},
         {**row, "seed": 1, "scores": {first: score, second: score}},
     ]
     text = table("mqar", (task,), rows, [0, 1], {"mqar": 9})
     cells = text[text.index("| LSTM") :].splitlines()[0].split(" | ")
-    assert cells[2:4] == ["50.0", "50.0"]
+    assert cells[2:4] == ["62.5 (50.0-75.0)", "50.0"]
     other = text[text.rindex("| LSTM") :].splitlines()[0].split(" | ")
-    assert other[2] == "–"
-    assert "from 8 on, who answers no more than guessing would" in text
+    assert other[2] == "50.0 (1 of 2)"
+    assert "who answers no more of 8 than guessing would" in text
