@@ -64,8 +64,10 @@ def run_loop(core: LoopCore, tiles: Tensors, carry: Tensors, shared: Tensors) ->
         The state after the last tile, and what the tiles put out, ``(N, B, …)`` each.
     """
     outputs: list[Tensors] = []
-    for n in range(tiles[0].shape[0]):
-        carry, results = core.step(tuple(x[n] for x in tiles), carry, shared)
+    for tile in zip(
+        *(x.unbind(0) for x in tiles), strict=True
+    ):  # a slice's gradient is as large as its source
+        carry, results = core.step(tile, carry, shared)
         outputs.append(results)
     return carry, tuple(torch.stack(found) for found in zip(*outputs, strict=True))
 

@@ -111,8 +111,9 @@ def run_core(
         together, carry = core.together(tuple(tiles), cut.live, carry, shared, run_loop)
         return from_tiles(together, cut), carry
     outputs = []
-    for n in range(cut.live.shape[0]):
-        y, carry = core.step(tuple(x[n] for x in tiles), cut.live[n], carry, shared)
+    # Taken apart once: the gradient of a slice is as large as what it was cut from.
+    for live, *tile in zip(cut.live, *(x.unbind(0) for x in tiles), strict=True):
+        y, carry = core.step(tuple(tile), live, carry, shared)
         outputs.append(y)
     return from_tiles(torch.stack(outputs), cut), carry
 

@@ -6,7 +6,8 @@ tile form; the symbols here are the ones used there.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -46,24 +47,23 @@ def tile_form(
         from_value = inverse @ (theta * v)
         seen = inverse @ (strength * theta * weights.memory_before * k)  # times M_0
         moved = inverse @ (strength * theta * weights.momentum_before * k)  # times S_0
+        corrections = list(zip(seen.unbind(2), moved.unbind(2), strict=True))
     else:  # λ = 0 everywhere, the plain state-space model: N = 0 and U = θ V
         from_value = theta * v
+        corrections = []
 
-    count = q.shape[2]
-    last_row = (tokens - 1) % tile
+    # Taken apart once: the gradient of a slice is as large as what it was cut from.
+    tiles = zip(*(x.unbind(2) for x in (q, k, from_value, attention)), weights.tiles(), strict=True)
     memory, momentum, outputs = past_memory, past_momentum, []
-    for n in range(count):
-        u = from_value[:, :, n]
-        if edited:
-            u = u - seen[:, :, n] @ memory - moved[:, :, n] @ momentum
-        outputs.append(
-            weights.memory[:, :, n] * (q[:, :, n] @ memory)
-            + weights.momentum[:, :, n] * (q[:, :, n] @ momentum)
-            + attention[:, :, n] @ u
-        )
+    for n, (queries, keys, from_values, reads, own) in enumerate(tiles):
+        u = from_values
+        if corrections:
+            by_memory, by_momentum = corrections[n]
+            u = u - by_memory @ memory - by_momentum @ momentum
+        outputs.append(own.memory * (queries @ memory) + own.momentum * (queries @ momentum) + reads @ u)
         # A ragged last tile is computed on padded keys; its state is taken at its last token's row.
-        row = last_row if n == count - 1 else tile - 1
-        memory, momentum = _advance(weights, n, row, k[:, :, n], u, memory, momentum)
+        row = min(tile, tokens - n * tile) - 1
+        memory, momentum = _advance(own, row, keys, u, memory, momentum)
     output = torch.cat(outputs, dim=2)[:, :, :tokens]
     return output, memory, momentum
 
@@ -80,6 +80,11 @@ class _WriteWeights:
     momentum: Tensor  # r: of S_0 in M_t
     momentum_before: Tensor  # r'
     momentum_decay: Tensor  # c: of S_0 in S_t
+
+    def tiles(self) -> Iterator[_WriteWeights]:
+        """The same of each tile: without the axis ``N``."""
+        parts = (getattr(self, field.name).unbind(2) for field in fields(self))
+        return (_WriteWeights(*part) for part in zip(*parts, strict=True))
 
 
 def _write_weights(log_a: Tensor, log_eta: Tensor) -> _WriteWeights:
@@ -101,17 +106,17 @@ def _write_weights(log_a: Tensor, log_eta: Tensor) -> _WriteWeights:
 
 
 def _advance(
-    weights: _WriteWeights, n: int, row: int, key: Tensor, u: Tensor, memory: Tensor, momentum: Tensor
+    weights: _WriteWeights, row: int, key: Tensor, u: Tensor, memory: Tensor, momentum: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``M`` and ``S`` after token ``row`` of tile ``n``."""
+    """``M`` and ``S`` after token ``row`` of a tile."""
     at = slice(row, row + 1)
     key_t = key.transpose(-1, -2)
-    write = weights.write[:, :, n, at].transpose(-1, -2)  # (B, H, C, 1)
-    write_momentum = weights.write_momentum[:, :, n, at].transpose(-1, -2)
+    write = weights.write[:, :, at].transpose(-1, -2)  # (B, H, C, 1)
+    write_momentum = weights.write_momentum[:, :, at].transpose(-1, -2)
     next_memory = (
-        weights.memory[:, :, n, at] * memory + weights.momentum[:, :, n, at] * momentum + key_t @ (write * u)
+        weights.memory[:, :, at] * memory + weights.momentum[:, :, at] * momentum + key_t @ (write * u)
     )
-    next_momentum = weights.momentum_decay[:, :, n, at] * momentum + key_t @ (write_momentum * u)
+    next_momentum = weights.momentum_decay[:, :, at] * momentum + key_t @ (write_momentum * u)
     return next_memory, next_momentum
 
 
