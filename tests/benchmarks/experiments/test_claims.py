@@ -14,7 +14,8 @@ from benchmarks.experiments.__main__ import RESULTS, ROOT
 CONTESTANTS = {
     "Titans, trained with λ = 0": "titans-ssm",
     "Titans, trained with λ = 1": "titans-lmm",
-    "Titans, no retention, writes scaled at random in training, λ = 1": "titans-scaled",
+    "Titans, no retention, two taps, writes scaled at random in training, λ = 1": "titans-scaled",
+    "Mamba, writes scaled likewise": "mamba-scaled",
     "*untrained* weights": "titans-untrained",
     "Titans MAC": "titans-mac",
     "Mamba": "mamba",
