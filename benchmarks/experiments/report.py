@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import statistics
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,6 +38,8 @@ _COLOURS = {
 }
 _LABELS = 8
 """That stand side by side under a panel."""
+_LABEL_WIDTH = 44
+"""Letters of a legend's line."""
 _MEASURES = {"token": "answers right", "exact": "examples with all answers right"}
 _STYLES = {
     "as trained": ("-", "o"),
@@ -254,7 +257,7 @@ def _draw_line(axes: Any, tests: Sequence[Test], rows: Rows, contestant: str, wa
         list(points),
         means,
         yerr=[below, above],
-        label=label(contestant, way),
+        label=textwrap.fill(label(contestant, way), _LABEL_WIDTH),
         color=_COLOURS[contestant],
         marker=marker,
         ls=line,
