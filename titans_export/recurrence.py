@@ -112,7 +112,7 @@ def run_core(
         return from_tiles(together, cut), carry
     outputs = []
     # Taken apart once: the gradient of a slice is as large as what it was cut from.
-    for live, *tile in zip(cut.live, *(x.unbind(0) for x in tiles), strict=True):
+    for live, *tile in zip(*(x.unbind(0) for x in (cut.live, *tiles)), strict=True):
         y, carry = core.step(tuple(tile), live, carry, shared)
         outputs.append(y)
     return from_tiles(torch.stack(outputs), cut), carry

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +84,7 @@ def evaluated(
     """
     tests = [(test, examples(test, number)) for number, test in enumerate(task.tests)]
     if not isinstance(network, Titans):
-        scores = {}
-        for test, batch in tests:
-            scores[key(test)] = scored(batch, answers(network, batch))
-            if ended(task, test, scores[key(test)]):
-                break
+        scores = _scores(task, tests, lambda batch: scored(batch, answers(network, batch)))
         return [{"way": "as trained", "setting": "", "scores": scores}]
     ways = [Way("as trained", network.edit)]
     names = [name for name in CONTESTANTS[contestant].ways if name in task.ways]
@@ -96,17 +93,29 @@ def evaluated(
     ways += chosen_ways(task, network, model, names)
     rows = []
     for way in ways:
-        scores = {}
-        for test, batch in progress_bar(
-            [one for one in tests if way.takes(one[1])], f"{contestant}, {way.name}"
-        ):
-            own = titans_answers(network, way, batch)
-            theirs = runtime_answers(model, way, batch, own)
-            scores[key(test)] = scored(batch, own) | {"agree": int((own == theirs).all(axis=1).sum())}
-            if ended(task, test, scores[key(test)]):
-                break
+        suited = progress_bar([one for one in tests if way.takes(one[1])], f"{contestant}, {way.name}")
+        scores = _scores(task, suited, partial(_score_of_both, network, model, way))
         rows.append({"way": way.name, "setting": way.setting, "scores": scores})
     return rows
+
+
+def _scores(
+    task: Task, tests: Iterable[tuple[Test, Batch]], ask: Callable[[Batch], dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Of every test that a row is asked."""
+    scores = {}
+    for test, batch in tests:
+        scores[key(test)] = ask(batch)
+        if ended(task, test, scores[key(test)]):
+            break
+    return scores
+
+
+def _score_of_both(network: Titans, model: tr.Model, way: Way, batch: Batch) -> dict[str, Any]:
+    """PyTorch's score, and how many examples the export answers alike."""
+    own = titans_answers(network, way, batch)
+    theirs = runtime_answers(model, way, batch, own)
+    return scored(batch, own) | {"agree": int((own == theirs).all(axis=1).sum())}
 
 
 def ended(task: Task, test: Test, score: dict[str, Any]) -> bool:

@@ -122,6 +122,7 @@ CONTESTANTS: dict[str, Contestant] = {
 
 
 _QUICK = ("transformer", "s4d", "lstm")
+"""Whose training and questions take least; see the times in benchmarks/NOTES.md."""
 
 
 def slowest_first(task: str) -> list[str]:
