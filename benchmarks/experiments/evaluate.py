@@ -16,7 +16,7 @@ import torch
 
 import titans_runtime as tr
 from benchmarks.experiments.contestants import CONTESTANTS
-from benchmarks.experiments.contestants.network import Network
+from benchmarks.experiments.contestants.network import SEGMENT, Network
 from benchmarks.experiments.contestants.titans import Titans, strengths
 from benchmarks.experiments.tasks.task import IGNORED, Batch, Ids, Task, Test, examples
 from titans_export.peers.autograd import AutogradRunner
@@ -25,8 +25,8 @@ from titans_runtime.progress import progress_bar
 
 _TOKENS = 131_072
 """Of a call in PyTorch, over all rows."""
-_ROWS = 16
-"""Of such a call at least, where streams go segment by segment: fewer are too little to do at once."""
+_AT_ONCE = 8_192
+"""The same where streams go segment by segment: what is computed of so many fits in cache."""
 _MEMORIES = 2**20
 """Numbers in the readout memories of a call: every row has its own, and all should stay in cache."""
 _STRENGTHS = (0.03, 0.1, 0.3, 1.0)
@@ -177,8 +177,9 @@ def chosen_ways(task: Task, network: Titans, model: tr.Model, names: Sequence[st
 def answers(network: Network, batch: Batch) -> Ids:
     """What the network answers where it is asked, ``(B, T)``; ``IGNORED`` elsewhere, and if not finite."""
     found = np.full(batch.targets.shape, IGNORED)
-    least = _ROWS if network.initial_state(1) else 1
-    for rows in _calls(batch, least=least):
+    tokens = batch.tokens.shape[1]
+    most = _AT_ONCE // min(SEGMENT, tokens) if network.initial_state(1) else _TOKENS // tokens
+    for rows in _calls(len(found), most):
         asked = torch.from_numpy(batch.targets[rows]) != IGNORED
         with torch.no_grad():
             features = network.features(torch.from_numpy(batch.tokens[rows]))
@@ -197,7 +198,7 @@ def titans_answers(network: Titans, way: Way, batch: Batch) -> Ids:
     found = np.full(batch.targets.shape, IGNORED)
     runner = AutogradRunner(network.model.requires_grad_(False), way.editor)
     memory = network.model.config.readout_height * network.model.config.vocab_size
-    for rows in _calls(batch, most=max(1, _MEMORIES // memory)):
+    for rows in _calls(len(found), min(_MEMORIES // memory, _TOKENS // batch.tokens.shape[1])):
         asked = batch.targets[rows] != IGNORED
         last = int(asked.any(axis=0).nonzero()[0][-1])
         runner.start(len(asked), way.edit[0])
@@ -241,10 +242,9 @@ def _strength(network: Titans, edit: tuple[float, ...]) -> Any:  # noqa: ANN401 
         network.edit = before
 
 
-def _calls(batch: Batch, most: int | None = None, least: int = 1) -> list[slice]:
+def _calls(count: int, most: int) -> list[slice]:
     """Rows of every call."""
-    count, tokens = batch.tokens.shape
-    step = max(least, min(most or count, _TOKENS // tokens))
+    step = max(1, most)
     return [slice(start, start + step) for start in range(0, count, step)]
 
 

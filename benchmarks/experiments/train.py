@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +31,7 @@ STATE = "training.safetensors"
 CHECKPOINT = "checkpoint"
 """Folder of a finished Titans model, to export."""
 _SAVE_EVERY = 100
+_MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # of mallopt(3)
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class Training:
         self.resume(folder / STATE)
         remaining = range(self.step, self.recipe.steps)
         label = f"{self.task.name}, {self.contestant}, seed {self.seed}"
+        _keep_freed_memory()
         with _denormals_flushed():
             for step in progress_bar(remaining, label, "step"):
                 self.advance(step)
@@ -180,6 +184,18 @@ def _denormals_flushed() -> Iterator[None]:
         yield
     finally:
         torch.set_flush_denormal(False)
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc reuse what is freed: given back to the system, every page of it is cleared anew.
+
+    A fifth of a step that holds 84 MB of states a layer. Of the whole process; other C libraries are left
+    as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_MMAP_MAX, 0)
+        mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _optimizer(network: Network, recipe: Recipe) -> torch.optim.Optimizer:

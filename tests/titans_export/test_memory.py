@@ -41,6 +41,23 @@ def test_repeated_key_in_a_full_tile(edit: float) -> None:
         assert relative_error(actual, expected) <= 1e-4
 
 
+@pytest.mark.parametrize("wanted", [(), ("log_momentum", "past_momentum")])
+@pytest.mark.parametrize("edit", [0.0, 0.7])
+@pytest.mark.parametrize("tokens", [TILE, 2 * TILE + 3])
+def test_without_momentum_it_and_its_gradients_equal_the_token_loops(
+    tokens: int, edit: float, wanted: tuple[str, ...]
+) -> None:
+    inputs = MemoryCase(tokens, 1, "near_one", "zero", "random", False, edit=(edit, edit)).tensors()
+    names = ("query", "key", "value", "log_retention", "step", "past_memory", *wanted)
+    inputs |= {name: inputs[name].requires_grad_() for name in names}
+    results = []
+    for outputs in (neural_memory(**inputs, tile=TILE), token_loop(**inputs)):
+        loss = torch.stack([output.sin().sum() for output in outputs]).sum()
+        results.append([*outputs, *torch.autograd.grad(loss, [inputs[name] for name in names])])
+    for actual, expected in zip(*results, strict=True):
+        assert torch.allclose(actual, expected, rtol=1e-10, atol=1e-12)
+
+
 @given(memory_cases, st.integers(1, 3 * TILE))
 def test_a_cut_changes_nothing(case: MemoryCase, cut: int) -> None:
     inputs = case.tensors()
@@ -138,3 +155,13 @@ def test_unit_lower_inverse(size: int) -> None:
     identity = torch.eye(size, dtype=torch.float64)
     product = unit_lower_inverse(matrix) @ (identity + matrix)
     assert torch.allclose(product, identity, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 8])
+def test_gradients_of_the_inverse(size: int) -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(2, size, size, dtype=torch.float64).tril(-1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda n: unit_lower_inverse(n.tril(-1)), matrix)
+    assert torch.autograd.gradgradcheck(lambda n: unit_lower_inverse(n.tril(-1)), matrix)
+    (gradient,) = torch.autograd.grad(unit_lower_inverse(matrix).sum(), matrix)
+    assert torch.equal(gradient, gradient.tril(-1))

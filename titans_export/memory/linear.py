@@ -7,7 +7,7 @@ tile form; the symbols here are the ones used there.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,74 +35,80 @@ def tile_form(
     tokens = query.shape[2]
     q, k, v = (_tiles(x, tile) for x in (query, key, value))  # (B, H, N, C, D)
     theta = _tiles(step[..., None], tile)  # (B, H, N, C, 1)
-    weights = _write_weights(_tiles(log_retention[..., None], tile), _tiles(log_momentum[..., None], tile))
-    attention = weights.write * (q @ k.transpose(-1, -2))  # W ∘ Q Kᵀ
-    strength = edit[:, None, None, None, None]
-
-    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    tracing = tracing or (query.is_cuda and torch.cuda.is_current_stream_capturing())
+    tracing = _tracing() or (query.is_cuda and torch.cuda.is_current_stream_capturing())
     edited = tracing or bool((edit != 0).any())  # a graph cannot know the strengths
-    if edited:
-        inverse = unit_lower_inverse(strength * theta * (weights.write_before * (k @ k.transpose(-1, -2))))
-        from_value = inverse @ (theta * v)
-        seen = inverse @ (strength * theta * weights.memory_before * k)  # times M_0
-        moved = inverse @ (strength * theta * weights.momentum_before * k)  # times S_0
-        corrections = list(zip(seen.unbind(2), moved.unbind(2), strict=True))
-    else:  # λ = 0 everywhere, the plain state-space model: N = 0 and U = θ V
-        from_value = theta * v
-        corrections = []
+    carried = tracing or _has_momentum(log_momentum, past_momentum)  # nor that there is no momentum
+    log_eta = _tiles(log_momentum[..., None], tile) if carried else None
+    weights = _write_weights(_tiles(log_retention[..., None], tile), log_eta)
+    attention = weights.write * (q @ k.transpose(-1, -2))  # W ∘ Q Kᵀ
+    from_value, corrections = theta * v, []
+    if edited:  # λ = 0 everywhere is the plain state-space model: N = 0 and U = θ V
+        rate = edit[:, None, None, None, None] * theta
+        inverse = unit_lower_inverse(rate * (_one_row_down(weights.write, 0.0) * (k @ k.transpose(-1, -2))))
+        from_value = inverse @ from_value
+        corrections = [(inverse @ (rate * share * k)).unbind(2) for share in weights.shares_before()]
 
     # Taken apart once: the gradient of a slice is as large as what it was cut from.
     tiles = zip(*(x.unbind(2) for x in (q, k, from_value, attention)), weights.tiles(), strict=True)
     memory, momentum, outputs = past_memory, past_momentum, []
-    for n, (queries, keys, from_values, reads, own) in enumerate(tiles):
-        u = from_values
-        if corrections:
-            by_memory, by_momentum = corrections[n]
-            u = u - by_memory @ memory - by_momentum @ momentum
-        outputs.append(own.memory * (queries @ memory) + own.momentum * (queries @ momentum) + reads @ u)
+    for n, (queries, keys, u, reads, own) in enumerate(tiles):
+        written = u
+        for correction, past in zip(corrections, (memory, momentum), strict=False):  # as many as there are
+            written = written - correction[n] @ past
+        y = own.memory * (queries @ memory) + reads @ written
+        if own.momentum is not None:
+            y = y + own.momentum.memory * (queries @ momentum)
+        outputs.append(y)
         # A ragged last tile is computed on padded keys; its state is taken at its last token's row.
         row = min(tile, tokens - n * tile) - 1
-        memory, momentum = _advance(own, row, keys, u, memory, momentum)
+        memory, momentum = _advance(own, row, keys, written, memory, momentum)
     output = torch.cat(outputs, dim=2)[:, :, :tokens]
     return output, memory, momentum
 
 
-@dataclass(frozen=True)
-class _WriteWeights:
+class _MomentumWeights(NamedTuple):
+    """What the momentum adds to :class:`_WriteWeights`."""
+
+    write: Tensor  # E: of write s in S_t
+    memory: Tensor  # r: of S_0 in M_t
+    decay: Tensor  # c: of S_0 in S_t
+
+
+class _WriteWeights(NamedTuple):
     """What the gates alone decide, for every tile: ``(B, H, N, C, C)`` or ``(B, H, N, C, 1)``."""
 
     write: Tensor  # W: of write s in M_t
-    write_momentum: Tensor  # E: of write s in S_t
-    write_before: Tensor  # W': of write s in M_{t-1}
     memory: Tensor  # p: of M_0 in M_t
-    memory_before: Tensor  # p'
-    momentum: Tensor  # r: of S_0 in M_t
-    momentum_before: Tensor  # r'
-    momentum_decay: Tensor  # c: of S_0 in S_t
+    momentum: _MomentumWeights | None
+
+    def shares_before(self) -> list[Tensor]:
+        """``p'`` and, with momentum, ``r'``: of ``M_0`` and ``S_0`` in ``M_{t-1}``."""
+        before = [_one_row_down(self.memory, 1.0)]
+        return before if self.momentum is None else [*before, _one_row_down(self.momentum.memory, 0.0)]
 
     def tiles(self) -> Iterator[_WriteWeights]:
         """The same of each tile: without the axis ``N``."""
-        parts = (getattr(self, field.name).unbind(2) for field in fields(self))
-        return (_WriteWeights(*part) for part in zip(*parts, strict=True))
+        tiles = zip(self.write.unbind(2), self.memory.unbind(2), strict=True)
+        if self.momentum is None:
+            return (_WriteWeights(*gates, None) for gates in tiles)
+        momentum = zip(*(x.unbind(2) for x in self.momentum), strict=True)
+        both = zip(tiles, momentum, strict=True)
+        return (_WriteWeights(*gates, _MomentumWeights(*own)) for gates, own in both)
 
 
-def _write_weights(log_a: Tensor, log_eta: Tensor) -> _WriteWeights:
-    retention, momentum = segment_products(log_a), segment_products(log_eta)  # A, E
-    write = retention @ momentum
-    p = log_a.cumsum(-2).exp()
-    c = log_eta.cumsum(-2).exp()
-    r = retention @ c
-    return _WriteWeights(
-        write=write,
-        write_momentum=momentum,
-        write_before=_one_row_down(write, 0.0),
-        memory=p,
-        memory_before=_one_row_down(p, 1.0),
-        momentum=r,
-        momentum_before=_one_row_down(r, 0.0),
-        momentum_decay=c,
-    )
+def _has_momentum(log_momentum: Tensor, past_momentum: Tensor) -> bool:
+    """Whether any token has some, or a gradient is asked for that is zero if none has."""
+    differentiated = log_momentum.requires_grad or past_momentum.requires_grad
+    return differentiated or not bool(torch.isneginf(log_momentum).all())
+
+
+def _write_weights(log_a: Tensor, log_eta: Tensor | None) -> _WriteWeights:
+    """``log_eta``: None without momentum, when ``W`` is the retention's ``A``."""
+    retention, p = segment_products(log_a), log_a.cumsum(-2).exp()
+    if log_eta is None:
+        return _WriteWeights(retention, p, None)
+    momentum, c = segment_products(log_eta), log_eta.cumsum(-2).exp()
+    return _WriteWeights(retention @ momentum, p, _MomentumWeights(momentum, retention @ c, c))
 
 
 def _advance(
@@ -112,12 +118,12 @@ def _advance(
     at = slice(row, row + 1)
     key_t = key.transpose(-1, -2)
     write = weights.write[:, :, at].transpose(-1, -2)  # (B, H, C, 1)
-    write_momentum = weights.write_momentum[:, :, at].transpose(-1, -2)
-    next_memory = (
-        weights.memory[:, :, at] * memory + weights.momentum[:, :, at] * momentum + key_t @ (write * u)
-    )
-    next_momentum = weights.momentum_decay[:, :, at] * momentum + key_t @ (write_momentum * u)
-    return next_memory, next_momentum
+    kept = weights.memory[:, :, at] * memory + key_t @ (write * u)
+    if weights.momentum is None:  # the last write alone
+        return kept, key_t[..., at] @ u[:, :, at]
+    write = weights.momentum.write[:, :, at].transpose(-1, -2)
+    kept = kept + weights.momentum.memory[:, :, at] * momentum
+    return kept, weights.momentum.decay[:, :, at] * momentum + key_t @ (write * u)
 
 
 def segment_products(log_gate: Tensor) -> Tensor:
@@ -132,24 +138,56 @@ def segment_products(log_gate: Tensor) -> Tensor:
     return below.cumsum(-2).masked_fill(~ones.tril(), float("-inf")).exp()
 
 
+def _tracing() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+
+
 def unit_lower_inverse(strictly_lower: Tensor) -> Tensor:
     """``(I + N)⁻¹`` by inverting diagonal blocks of twice the size each step; ``(…, C, C)``.
 
-    Two matrix products a step, ``log2 C`` steps. The Neumann product is equal on paper and useless
-    in float32 when keys repeat: its powers of ``N`` grow to 1e16 before they cancel.
+    Two matrix products a step, ``log2 C - 1`` steps, and two for the gradient. The Neumann product is
+    equal on paper and useless in float32 when keys repeat: its powers of ``N`` grow to 1e16 before they
+    cancel.
     """
+    if strictly_lower.requires_grad and torch.is_grad_enabled() and not _tracing():
+        inverse: Tensor = _UnitLowerInverse.apply(strictly_lower)  # type: ignore[no-untyped-call]
+        return inverse
+    return _by_doubling(strictly_lower)
+
+
+class _UnitLowerInverse(torch.autograd.Function):
+    """Its gradient is ``-Xᵀ G Xᵀ``, two products in place of those of every step."""
+
+    @staticmethod
+    def forward(ctx: Any, strictly_lower: Tensor) -> Tensor:  # noqa: ANN401 - PyTorch's own type
+        """See :func:`unit_lower_inverse`."""
+        inverse = _by_doubling(strictly_lower)
+        ctx.save_for_backward(inverse)
+        return inverse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # noqa: ANN401
+        """Differentiable itself; of what is not strictly lower, zero."""
+        transposed: Tensor = ctx.saved_tensors[0].transpose(-1, -2)
+        return -(transposed @ grads[0] @ transposed).tril(-1)
+
+
+def _by_doubling(strictly_lower: Tensor) -> Tensor:
     size = strictly_lower.shape[-1]
     index = torch.arange(size, device=strictly_lower.device)
     row, column = index[:, None], index[None, :]
-    inverse = torch.eye(size, dtype=strictly_lower.dtype, device=strictly_lower.device)
-    inverse = inverse.expand_as(strictly_lower)
-    half = 1
+    identity = torch.eye(size, dtype=strictly_lower.dtype, device=strictly_lower.device)
+    inverse = identity - strictly_lower * _below(row, column, 1)  # of blocks of two
+    half = 2
     while half < size:
-        same_block = row // (2 * half) == column // (2 * half)
-        mask = same_block & ((row // half) % 2 == 1) & ((column // half) % 2 == 0)
-        inverse = inverse - inverse @ (strictly_lower * mask) @ inverse
+        inverse = inverse - inverse @ (strictly_lower * _below(row, column, half)) @ inverse
         half *= 2
     return inverse
+
+
+def _below(row: Tensor, column: Tensor, half: int) -> Tensor:
+    """Where the lower left quarters of diagonal blocks of ``2 half`` are, ``(C, C)``."""
+    return (row // (2 * half) == column // (2 * half)) & (row // half > column // half)
 
 
 def _one_row_down(x: Tensor, first: float) -> Tensor:

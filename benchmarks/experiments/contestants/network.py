@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from titans_export.layers import FeedForward, RMSNorm
 
-_SEGMENT = 1024
+SEGMENT = 256
 """Tokens of a stream that are taken at once, where questions are asked and a state can be carried."""
 
 State = dict[str, Tensor]
@@ -34,7 +34,7 @@ class Network(nn.Module, ABC):
         """``(B, T)`` int64 → ``(B, T, width)``, from a stream's beginning; segment by segment if long."""
         state = self.initial_state(len(tokens))
         parts = []
-        for part in tokens.split(_SEGMENT if state else tokens.shape[1], dim=1):
+        for part in tokens.split(SEGMENT if state else tokens.shape[1], dim=1):
             features, state = self(part, state)
             parts.append(features)
         return torch.cat(parts, dim=1)

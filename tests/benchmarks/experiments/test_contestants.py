@@ -89,7 +89,7 @@ def test_a_long_stream_is_cut_without_a_trace(name: str, monkeypatch: pytest.Mon
     tokens = torch.randint(0, 16, (2, 50))
     with torch.no_grad():
         whole = network.features(tokens)
-        monkeypatch.setattr("benchmarks.experiments.contestants.network._SEGMENT", 17)
+        monkeypatch.setattr("benchmarks.experiments.contestants.network.SEGMENT", 17)
         assert torch.allclose(network.features(tokens), whole, atol=1e-5)
 
 

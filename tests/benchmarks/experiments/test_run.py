@@ -165,9 +165,8 @@ def test_answers_do_not_depend_on_how_rows_are_called(monkeypatch: pytest.Monkey
     network = CONTESTANTS["titans-ssm"].build(MQAR.vocab_size).eval()
     batch = examples(small().tests[1], 0)
     whole = answers(network, batch)
-    monkeypatch.setattr(evaluate, "_TOKENS", batch.tokens.shape[1])
-    for least in (1, 2):
-        monkeypatch.setattr(evaluate, "_ROWS", least)
+    for tokens in (1, 2 * batch.tokens.shape[1]):
+        monkeypatch.setattr(evaluate, "_AT_ONCE", tokens)
         assert np.array_equal(answers(network, batch), whole)
     assert np.array_equal(whole == IGNORED, batch.targets == IGNORED)
 
