@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.titans_export.memory_inputs import INPUTS, TILE, MemoryCase, memory_cases, relative_error
 from titans_converters import memory_op
@@ -56,6 +59,36 @@ def test_without_momentum_it_and_its_gradients_equal_the_token_loops(
         results.append([*outputs, *torch.autograd.grad(loss, [inputs[name] for name in names])])
     for actual, expected in zip(*results, strict=True):
         assert torch.allclose(actual, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_without_momentum_none_of_its_products_are_taken() -> None:
+    def products(momentum: str) -> int:
+        case = MemoryCase(2 * TILE, 1, "near_one", momentum, "random", False, edit=(1.0, 1.0))
+        return _products(lambda: neural_memory(**case.tensors(), tile=TILE))
+
+    # Before the tiles W, r and its correction; in each of two a correction and a read.
+    assert products("random") - products("zero") == 3 + 2 * 2
+
+
+def test_the_inverse_takes_two_products_back() -> None:
+    inverse = unit_lower_inverse(torch.randn(4, 32, 32).tril(-1).requires_grad_())
+    assert _products(inverse.sum().backward) == 2
+
+
+class _Products(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(  # PyTorch's own signature
+        self, func: OpOverload, types: object, args: tuple[object, ...] = (), kwargs: object = None
+    ) -> object:
+        self.count += func in (torch.ops.aten.bmm.default, torch.ops.aten.mm.default)
+        return func(*args, **(kwargs if isinstance(kwargs, dict) else {}))
+
+
+def _products(run: Callable[[], object]) -> int:
+    with _Products() as products:
+        run()
+    return products.count
 
 
 @given(memory_cases, st.integers(1, 3 * TILE))
