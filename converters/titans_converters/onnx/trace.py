@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
@@ -243,10 +244,21 @@ def _add_memory_function(model: ir.Model) -> None:
     tiles = {node.attributes["tile"].as_int() for node in nodes}
     if len(tiles) > 1:
         raise ValueError(f"memory nodes with different tiles {sorted(tiles)}; one body serves them all")
+    log_momentum = memory_op.INPUTS.index("log_momentum")
+    momentum = not all(_is_shut(node.inputs[log_momentum]) for node in nodes)
     for tile in tiles:
-        function = ir.serde.deserialize_function(neural_memory_function(tile))
+        function = ir.serde.deserialize_function(neural_memory_function(tile, momentum))
         model.functions[function.identifier()] = function
         model.opset_imports[memory_op.DOMAIN] = memory_op.VERSION
+
+
+def _is_shut(log_gate: ir.Value | None) -> bool:
+    """Whether a gate's logs are ``-inf`` throughout, whatever the model is given."""
+    node = log_gate.producer() if log_gate is not None else None
+    if node is not None and node.op_type == "Expand":
+        log_gate = node.inputs[0]
+    constant = log_gate.const_value if log_gate is not None else None
+    return constant is not None and bool(np.isneginf(constant.numpy()).all())
 
 
 def _add_sinkhorn_function(model: ir.Model) -> None:
