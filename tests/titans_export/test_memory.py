@@ -66,8 +66,8 @@ def test_without_momentum_none_of_its_products_are_taken() -> None:
         case = MemoryCase(2 * TILE, 1, "near_one", momentum, "random", False, edit=(1.0, 1.0))
         return _products(lambda: neural_memory(**case.tensors(), tile=TILE))
 
-    # Before the tiles W, r and its correction; in each of two a correction and a read.
-    assert products("random") - products("zero") == 3 + 2 * 2
+    # Before the tiles E's sums, W, r and its correction; in each of two a correction and a read.
+    assert products("random") - products("zero") == 4 + 2 * 2
 
 
 def test_the_inverse_takes_two_products_back() -> None:
@@ -173,24 +173,26 @@ def test_arguments_follow_the_operator_contract() -> None:
     assert names[-1] == "tile"
 
 
-def test_segment_products_survive_closed_gates() -> None:
-    log_gate = torch.tensor([0.0, -1.0, float("-inf"), -0.5]).reshape(1, 4, 1)
-    products = segment_products(log_gate)[0]
+@pytest.mark.parametrize("tiles", [1, 5])
+def test_segment_products_survive_closed_gates(tiles: int) -> None:
+    """Of few tiles and of many, whose sums are one product."""
+    log_gate = torch.tensor([0.0, -1.0, float("-inf"), -0.5]).reshape(1, 4, 1).repeat(tiles, 1, 1)
+    products = segment_products(log_gate)[-1]
     assert torch.isfinite(products).all()
     assert products[3, 2] == pytest.approx(torch.tensor(-0.5).exp().item())
     assert products[3, 1] == 0.0
     assert torch.equal(products.diagonal(), torch.ones(4))
 
 
-@pytest.mark.parametrize("size", [1, 2, 5, 32, 33])
+@pytest.mark.parametrize("size", [1, 2, 5, 32, 33, 48, 64])
 def test_unit_lower_inverse(size: int) -> None:
-    matrix = torch.randn(size, size, dtype=torch.float64).tril(-1)
+    matrix = torch.randn(size, size, dtype=torch.float64).tril(-1) / size**0.5
     identity = torch.eye(size, dtype=torch.float64)
     product = unit_lower_inverse(matrix) @ (identity + matrix)
     assert torch.allclose(product, identity, atol=1e-9)
 
 
-@pytest.mark.parametrize("size", [1, 2, 5, 8])
+@pytest.mark.parametrize("size", [1, 2, 5, 8, 18])
 def test_gradients_of_the_inverse(size: int) -> None:
     torch.manual_seed(0)
     matrix = torch.randn(2, size, size, dtype=torch.float64).tril(-1).requires_grad_()
@@ -198,3 +200,17 @@ def test_gradients_of_the_inverse(size: int) -> None:
     assert torch.autograd.gradgradcheck(lambda n: unit_lower_inverse(n.tril(-1)), matrix)
     (gradient,) = torch.autograd.grad(unit_lower_inverse(matrix).sum(), matrix)
     assert torch.equal(gradient, gradient.tril(-1))
+
+
+def test_gradients_of_segment_products() -> None:
+    """Of many tiles, a shut gate included, beside those of products one by one."""
+    torch.manual_seed(0)
+    gate = torch.rand(6, 5, 1, dtype=torch.float64)
+    gate[2, 3] = 0.0
+    log_gate = gate.log().requires_grad_()
+    weights = torch.randn(6, 5, 5, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad((segment_products(log_gate) * weights).sum(), log_gate)
+    one_by_one = [segment_products(tile[None])[0] for tile in log_gate]
+    (expected,) = torch.autograd.grad((torch.stack(one_by_one) * weights).sum(), log_gate)
+    assert torch.allclose(gradient, expected, atol=1e-12)
+    assert gradient[2, 3] == 0.0

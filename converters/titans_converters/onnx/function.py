@@ -46,6 +46,11 @@ SIZES: Final[Mapping[str, tuple[int | str | None, ...]]] = (
     | dict.fromkeys(("end_p", "end_r", "end_c"), ("N", None, None, 1, 1))
     | dict.fromkeys(("end_w", "end_e"), ("N", None, None, 1, "C"))
     | {"end_one_hot": ("N", 1, 1, 1, "C")}
+    | {
+        "last_column": ("B", "H", None, 1),
+        "last_u": ("B", "H", 1, None),
+        "last_write": ("B", "H", None, None),
+    }
 )
 """Sizes that shape inference does not find, since ``N`` tiles of ``C`` follow from the number of tokens."""
 
@@ -243,7 +248,8 @@ _TILES = """
     last_u = Gather<axis = 0>(written_rows, last_index)  # no momentum
     last_k = Slice(key, last_tokens, tokens_1, axis_t)  # no momentum
     last_column = Transpose<perm = [0, 1, 3, 2]>(last_k)  # no momentum
-    tile_momentum = Mul(last_column, last_u)  # no momentum
+    last_write = MatMul(last_column, last_u)  # no momentum
+    tile_momentum = Identity(last_write)  # no momentum
 """
 
 _EDITED = """
