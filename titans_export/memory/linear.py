@@ -145,7 +145,8 @@ def segment_products(log_gate: Tensor) -> Tensor:
     if log_gate.numel() > size**2 and not _tracing():
         # As one product, which many tiles share: half of the time, a third of the gradient's.
         sums = log_gate.squeeze(-1).clamp(min=_LOG_FLOOR) @ _segments(ones, log_gate.dtype)
-        return sums.unflatten(-1, (size, size)).exp() * ones.tril()
+        products: Tensor = sums.unflatten(-1, (size, size)).exp() * ones.tril()
+        return products
     below = log_gate.expand(*log_gate.shape[:-1], size).masked_fill(~ones.tril(-1), 0.0)
     return below.cumsum(-2).masked_fill(~ones.tril(), float("-inf")).exp()
 
