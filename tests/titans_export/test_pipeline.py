@@ -75,7 +75,7 @@ _WRONG_RULES = {
     "tiles: N with W for W'": ("_EDITED", "Mul(w_before, kk)", "Mul(w, kk)"),
     "tiles: p for p'": ("_EDITED", "rate_p = Mul(rate, p_before)", "rate_p = Mul(rate, p)"),
     "tiles: no momentum into the memory": ("_TILE_STEP", "Add(m_kept, s_into_m)", "Identity(m_kept)"),
-    "tiles without editing: step forgotten": ("_PLAIN", "writes, theta_v,", "writes, v,"),
+    "tiles without editing: step forgotten": ("_PLAIN", "theta_v, end_r,", "v, end_r,"),
     "tiles: row of a ragged tile": ("_TILES", "_tile, last_in_tile,", "_tile, full_row,"),
     "tiles: E for W in the state": ("_TILES", "k_to_m = Mul(k_t, end_w)", "k_to_m = Mul(k_t, end_e)"),
 }  # fmt: skip
