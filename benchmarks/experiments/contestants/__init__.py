@@ -113,7 +113,7 @@ CONTESTANTS: dict[str, Contestant] = {
         "Titans LMM, no retention, two taps, writes scaled at random in training, λ = 1",
         partial(_titans, edit=1.0, write_spread=_WRITE_SPREAD, **_DELTA),
         ("off", "readout"),
-        ("induction",),
+        ("induction", "induction-long"),
     ),
     "titans-mac": Contestant(
         "Titans MAC, trained λ = 1", partial(_titans, edit=1.0, architecture="mac", d_ff=64, momentum=False)

@@ -2,7 +2,7 @@
 
 from benchmarks.experiments.tasks.copying import COPY
 from benchmarks.experiments.tasks.digits import DIGITS
-from benchmarks.experiments.tasks.induction import FRESH, INDUCTION
+from benchmarks.experiments.tasks.induction import FRESH, INDUCTION, LONG
 from benchmarks.experiments.tasks.recall import MQAR
 from benchmarks.experiments.tasks.scan import SCAN
 from benchmarks.experiments.tasks.selective import SELECTIVE
@@ -12,6 +12,7 @@ EXPERIMENTS: dict[str, tuple[Task, ...]] = {
     "mqar": (MQAR,),
     "induction": (INDUCTION,),
     "induction-fresh": (FRESH,),
+    "induction-long": (LONG,),
     "copy": (COPY,),
     "selective": (SELECTIVE,),
     "scan": SCAN,

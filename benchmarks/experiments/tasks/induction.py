@@ -1,7 +1,8 @@
 """Induction Head: one token stands out; when it comes again, what followed it the first time?
 
-Trained twice: every sequence by itself (``induction-fresh``), and with rows that begin with the state that
-another sequence left ("state passing", Buitrago Ruiz and Gu 2025, arXiv 2507.02782).
+Trained in three ways: every sequence by itself (``induction-fresh``); with rows that begin with the state
+that another sequence left (``induction``; "state passing", Buitrago Ruiz and Gu 2025, arXiv 2507.02782); and
+so with more of the training on whole sequences (``induction-long``).
 """
 
 from __future__ import annotations
@@ -76,7 +77,6 @@ INDUCTION = replace(
     FRESH,
     name="induction",
     tests=tuple(_test(2**power, _MORE_EXAMPLES.get(2**power, 128)) for power in range(6, 16)),
-    # Asked twice, all is learnt in half of the time that it takes with a whole length half as long in sight.
     draw=partial(_draw, asked_at_end=2),
     steps=1000,
     carry=0.9,
@@ -84,3 +84,5 @@ INDUCTION = replace(
     ends=4096,  # longer streams are most of the questions' time, and many a contestant forgets before
     ways=("off", "fused"),
 )
+LONG = replace(INDUCTION, name="induction-long", draw=_draw, curriculum=(0.2, 0.5))
+"""Half of the steps on whole sequences, not a fifth, and asked once there: twice the time of training."""

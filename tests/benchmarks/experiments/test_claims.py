@@ -40,6 +40,7 @@ TABLES = {
     "selective": [f"length/{n}" for n in LETTERS],
     "induction-fresh": [f"length/{n}" for n in ("256", "512", "1,024", "2,048", "4,096")],
     "induction": [f"length/{n}" for n in LONG],
+    "induction-long": [f"length/{n}" for n in LONG],
     "digits": ["digits/known", "digits/novel"],
     "scan": [f"split/{split}" for split in ("simple", "length", "addprim_jump")],
 }

@@ -21,7 +21,7 @@ from benchmarks.experiments.tasks.digits import (
     quantised,
     tokenised,
 )
-from benchmarks.experiments.tasks.induction import SPECIAL, VOCABULARY, heads
+from benchmarks.experiments.tasks.induction import SPECIAL, TRAINING_ASKED, VOCABULARY, heads
 from benchmarks.experiments.tasks.recall import KEYS, QUERIES, bindings
 from benchmarks.experiments.tasks.selective import MARKER, NOISE, REMEMBERED, scattered
 from benchmarks.experiments.tasks.task import IGNORED, Task, drawn_length, examples
@@ -103,6 +103,22 @@ def test_the_curriculum_begins_short_and_ends_long() -> None:
     lengths = [task.training_batch(0, step, 100).tokens.shape[1] for step in range(100)]
     assert set(lengths[:20]) == {min(lengths)}
     assert max(lengths) > 200
+
+
+@pytest.mark.parametrize(
+    ("name", "whole", "asked"),
+    [("induction", 0.8, 2), ("induction-long", 0.5, 1), ("induction-fresh", 0.7, 1)],
+)
+def test_the_end_of_an_induction_heads_training(name: str, whole: float, asked: int) -> None:
+    """Whole sequences from where the curriculum says, each asked as often as its task says."""
+    (task,) = EXPERIMENTS[name]
+    steps = round(100 * whole)
+    for step in (steps, 99):
+        batch = task.training_batch(0, step, 100)
+        assert batch.tokens.shape == (task.batch, 256)
+        assert ((batch.targets != IGNORED).sum(axis=1) == asked).all()
+    before = task.training_batch(0, steps - 5, 100).targets
+    assert ((before != IGNORED).sum(axis=1) == TRAINING_ASKED).all()
 
 
 def pictures() -> Images:
