@@ -202,6 +202,15 @@ def test_gradients_of_the_inverse(size: int) -> None:
     assert torch.equal(gradient, gradient.tril(-1))
 
 
+def test_segment_products_keep_their_digits_where_products_do_not() -> None:
+    torch.manual_seed(0)
+    log_gate = -4 * torch.rand(40, 32, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        products = segment_products(log_gate)
+    assert relative_error(products, segment_products(log_gate.double())) < 1e-6
+    assert torch.allclose(products.double(), segment_products(log_gate.double()), rtol=1e-4, atol=0)
+
+
 def test_gradients_of_segment_products() -> None:
     """Of many tiles, a shut gate included, beside those of products one by one."""
     torch.manual_seed(0)

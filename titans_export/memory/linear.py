@@ -142,13 +142,19 @@ def segment_products(log_gate: Tensor) -> Tensor:
     """
     size = log_gate.shape[-2]
     ones = torch.ones(size, size, dtype=torch.bool, device=log_gate.device)
-    if log_gate.numel() > size**2 and not _tracing():
+    if log_gate.numel() > size**2 and not _tracing() and _in_full(log_gate):
         # As one product, which many tiles share: half of the time, a third of the gradient's.
         sums = log_gate.squeeze(-1).clamp(min=_LOG_FLOOR) @ _segments(ones, log_gate.dtype)
         products: Tensor = sums.unflatten(-1, (size, size)).exp() * ones.tril()
         return products
     below = log_gate.expand(*log_gate.shape[:-1], size).masked_fill(~ones.tril(-1), 0.0)
     return below.cumsum(-2).masked_fill(~ones.tril(), float("-inf")).exp()
+
+
+def _in_full(x: Tensor) -> bool:
+    """Whether a product of ``x`` keeps all digits, which sums of logs want: no bfloat16 or TF32 for speed."""
+    exact = torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled("cpu")
+    return exact and x.device.type == "cpu"
 
 
 def _segments(ones: Tensor, dtype: torch.dtype) -> Tensor:
