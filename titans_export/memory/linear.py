@@ -142,7 +142,7 @@ def segment_products(log_gate: Tensor) -> Tensor:
     """
     size = log_gate.shape[-2]
     ones = torch.ones(size, size, dtype=torch.bool, device=log_gate.device)
-    if not _tracing() and log_gate.numel() > size**2 and _in_full(log_gate):
+    if not _tracing() and size <= 64 and log_gate.numel() > size**2 and _in_full(log_gate):
         # As one product, which many tiles share: half of the time, a third of the gradient's.
         sums = log_gate.squeeze(-1).clamp(min=_LOG_FLOOR) @ _segments(ones, log_gate.dtype)
         products: Tensor = sums.unflatten(-1, (size, size)).exp() * ones.tril()
