@@ -161,6 +161,7 @@ class Training:
             "seed": self.seed,
             "recipe": asdict(self.recipe),
             "carry": self.task.carry,
+            "curriculum": list(self.task.curriculum),
             "shapes": shapes,
         }
 

@@ -22,6 +22,10 @@ INPUTS: Final = (
 )
 OUTPUTS: Final = ("output", "present_memory", "present_momentum")
 
+LOG_FLOOR: Final = -1.0e4
+"""Logs of gates are raised to it where masks are products, since ``-inf`` times 0 is NaN. ``exp`` of it is 0,
+in float64, too."""
+
 Attribute = int | float | str | bool | Sequence[int] | Sequence[float] | Sequence[str] | Sequence[bool]
 
 ATTRIBUTES: Final = ("tile", "plugin_namespace", "plugin_version", "aot")

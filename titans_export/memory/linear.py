@@ -12,10 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from titans_converters.memory_op import LOG_FLOOR
 from titans_export.memory.output import MemoryOutput
-
-_LOG_FLOOR = -1.0e4
-"""The exponential is 0 in every type, and a zero times it is no NaN, as one of ``-inf`` is."""
 
 _BLOCK = 16
 """Rows of blocks whose inverses are found by doubling, and those of larger ones from them."""
@@ -144,7 +142,7 @@ def segment_products(log_gate: Tensor) -> Tensor:
     ones = torch.ones(size, size, dtype=torch.bool, device=log_gate.device)
     if not _tracing() and size <= 64 and log_gate.numel() > size**2 and _in_full(log_gate):
         # As one product, which many tiles share: half of the time, a third of the gradient's.
-        sums = log_gate.squeeze(-1).clamp(min=_LOG_FLOOR) @ _segments(ones, log_gate.dtype)
+        sums = log_gate.squeeze(-1).clamp(min=LOG_FLOOR) @ _segments(ones, log_gate.dtype)
         products: Tensor = sums.unflatten(-1, (size, size)).exp() * ones.tril()
         return products
     below = log_gate.expand(*log_gate.shape[:-1], size).masked_fill(~ones.tril(-1), 0.0)

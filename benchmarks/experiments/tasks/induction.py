@@ -85,4 +85,4 @@ INDUCTION = replace(
     ways=("off", "fused"),
 )
 LONG = replace(INDUCTION, name="induction-long", draw=_draw, curriculum=(0.2, 0.5))
-"""Half of the steps on whole sequences, not a fifth, and asked once there: twice the time of training."""
+"""Half of the steps on whole sequences, not a fifth, and asked once there: 1.8 times the training's time."""

@@ -14,14 +14,10 @@ from typing import Final
 import onnx
 import onnx.parser
 
-from titans_converters.memory_op import ATTRIBUTES, DOMAIN, INPUTS, NAME, OUTPUTS
+from titans_converters.memory_op import ATTRIBUTES, DOMAIN, INPUTS, LOG_FLOOR, NAME, OUTPUTS
 
 OPSET = 23
 """Of every graph, and of the body: the checker wants both to be the same."""
-
-# A gate of 0 has the log -inf; in a product with a mask, -inf times 0 would be NaN. The exponential
-# of this floor is 0 in float32 just the same.
-_LOG_FLOOR = -1.0e4
 
 GENERAL = ("tiles", "edited")
 """Names of the branches that hold for any number of tokens and any strength."""
@@ -249,6 +245,7 @@ _TILES = """
     last_k = Slice(key, last_tokens, tokens_1, axis_t)  # no momentum
     last_column = Transpose<perm = [0, 1, 3, 2]>(last_k)  # no momentum
     last_write = MatMul(last_column, last_u)  # no momentum
+    # under a name of its own, since SIZES holds for both kinds of memory
     tile_momentum = Identity(last_write)  # no momentum
 """
 
@@ -377,7 +374,7 @@ def neural_memory_function(tile: int, momentum: bool = True) -> onnx.FunctionPro
         edited=_EDITED.format(inverse=_inverse_by_doubling(tile), step=_TILE_STEP),
         plain=_PLAIN.format(step=_TILE_STEP),
         tile=tile,
-        floor=_LOG_FLOOR,
+        floor=LOG_FLOOR,
         indices=", ".join(str(i) for i in range(tile)),
         columns=", ".join(str(i) for i in range(tile + 1)),
     )
@@ -433,6 +430,6 @@ def _inverse_by_doubling(tile: int) -> str:
 
 def _lines_for(text: str, momentum: bool) -> str:
     """The text without comments, and without lines that a comment keeps for the other kind of memory."""
-    wanted = ("", "momentum" if momentum else "no momentum")
+    wanted = {"": True, "momentum": momentum, "no momentum": not momentum}
     lines = (line.partition("#") for line in text.splitlines())
-    return "\n".join(code for code, _, comment in lines if code.strip() and comment.strip() in wanted)
+    return "\n".join(code for code, _, comment in lines if code.strip() and wanted[comment.strip()])

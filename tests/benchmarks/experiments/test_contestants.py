@@ -125,11 +125,11 @@ def test_the_factor_of_a_write_is_as_wide_as_it_says() -> None:
 
 
 def test_some_contestants_take_part_in_some_tasks_only() -> None:
-    assert "titans-scaled" in entrants("induction")
     assert "titans-scaled" not in entrants("mqar")
-    assert not [task for task in ("induction", "mqar") if "titans-delta" in entrants(task)]
-    assert "mamba-scaled" not in entrants("induction")
-    assert "titans-untrained" not in entrants("induction")
+    assert "titans-delta" not in entrants("mqar")
+    for task in ("induction", "induction-long"):
+        assert "titans-scaled" in entrants(task)
+        assert not {"titans-delta", "mamba-scaled", "titans-untrained"} & set(entrants(task))
     assert len(entrants("mqar")) == 8
 
 

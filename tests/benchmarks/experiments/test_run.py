@@ -143,6 +143,9 @@ def test_another_trainings_state_is_refused(tmp_path: Path) -> None:
     Training(small(), "lstm", 0, Recipe(steps=2)).run(tmp_path)
     with pytest.raises(DataError, match="another training"):
         Training(small(), "lstm", 1, Recipe(steps=2)).run(tmp_path)
+    later = replace(small(), curriculum=(0.4, 0.9))  # a task's recipe of another day
+    with pytest.raises(DataError, match="another training"):
+        Training(later, "lstm", 0, Recipe(steps=2)).run(tmp_path)
 
 
 def test_training_learns() -> None:
